@@ -1,0 +1,1 @@
+//! Messages to prompt text, by the model's chat template.

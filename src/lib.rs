@@ -1,0 +1,8 @@
+//! skiff: LLaMA inference on CPUs, with adaptive FFN skipping.
+
+pub mod chat;
+pub mod gguf;
+pub mod pull;
+pub mod quant;
+pub mod sampler;
+pub mod tokenizer;

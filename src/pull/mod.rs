@@ -1,0 +1,1 @@
+//! Brings models to the local cache.
