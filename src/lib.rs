@@ -1,8 +1,9 @@
 //! skiff: LLaMA inference on CPUs, with adaptive FFN skipping.
 
-pub mod chat;
 pub mod gguf;
-pub mod pull;
 pub mod quant;
-pub mod sampler;
+pub mod threads;
 pub mod tokenizer;
+pub mod sampler;
+pub mod chat;
+pub mod pull;

@@ -1,0 +1,403 @@
+//! The team: a leader and its rayon workers, who share the chunks of one operation after another.
+//!
+//! A decode step is some 200 small operations. Handing each to a sleeping thread pool would cost
+//! 40-90 us apiece, so the workers enter the rayon pool once, when the team is made, and then wait
+//! in a spin loop (yielding, and at last sleeping) for the next operation. The leader - the thread
+//! that owns the model - writes the forward pass as straight-line code and calls [`Team::run`] or
+//! one of the `for_*` helpers for each operation.
+//!
+//! Chunks are claimed one at a time from a shared counter, and an operation ends when its *chunks*
+//! are done, not when every worker has shown up. A worker whose core was taken by another process
+//! therefore delays the team by the one chunk that it holds at most; the others do the rest.
+//!
+//! # The claim word
+//! `state` packs `epoch << 32 | chunks << 16 | next`. A worker claims chunk `next` by a
+//! compare-and-swap of the whole word, so a claim can only succeed for the operation it was read
+//! for; and since the leader waits for every claimed chunk, the job that a successful claim belongs
+//! to is alive until that chunk is counted in `done`.
+
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Spinning covers the gaps inside a forward pass (microseconds).
+const SPIN: Duration = Duration::from_micros(30);
+/// Yielding covers the gap between two tokens (sampling over a large vocabulary, printing): up to
+/// here a worker is awake at the cost of its idle core, beyond it sleeps and takes 50 us to wake.
+const STAY_AWAKE: Duration = Duration::from_micros(1500);
+/// Largest number of chunks in one operation: the claim word has 16 bits for it.
+const MAX_CHUNKS: usize = u16::MAX as usize;
+
+/// A job runs chunk `chunk` on worker `worker`.
+type Job<'a> = &'a (dyn Fn(usize, usize) + Sync + 'a);
+
+struct Shared {
+    state: AtomicU64,
+    done: AtomicUsize,
+    job: UnsafeCell<Option<Job<'static>>>,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+    sleepers: AtomicUsize,
+    bed: Mutex<()>,
+    wake: Condvar,
+    quit: AtomicBool,
+}
+
+// SAFETY: `job` is the only field that is not `Sync`. It is written by the leader alone, while no
+// chunk is unclaimed or running, and read by a worker only between a successful claim and its
+// `done` increment; the claim word orders the write before the read (Release/Acquire).
+unsafe impl Sync for Shared {}
+
+/// The threads that work on one operation at a time. See the module's description.
+pub struct Team {
+    shared: Arc<Shared>,
+    threads: usize,
+    busy: AtomicBool,
+    _pool: Option<rayon::ThreadPool>,
+}
+
+impl Team {
+    /// A team of `threads` (at least 1), the calling thread being one of them.
+    pub fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
+        let threads = threads.clamp(1, 1024);
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            done: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            panic: Mutex::new(None),
+            sleepers: AtomicUsize::new(0),
+            bed: Mutex::new(()),
+            wake: Condvar::new(),
+            quit: AtomicBool::new(false),
+        });
+        let pool = match threads {
+            1 => None,
+            n => {
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(n - 1)
+                    .thread_name(|i| format!("skiff-{}", i + 1))
+                    .build()?;
+                let shared = shared.clone();
+                pool.spawn_broadcast(move |ctx| shared.work(ctx.index() + 1));
+                Some(pool)
+            }
+        };
+        Ok(Self { shared, threads, busy: AtomicBool::new(false), _pool: pool })
+    }
+
+    /// Number of threads, the leader included.
+    pub fn threads(&self) -> usize {
+        self.threads
+    }
+
+    /// Runs `job(worker, chunk)` for every chunk in `0..chunks` and returns when all are done.
+    ///
+    /// No two chunks that run at the same time see the same `worker` (`0..threads`). A panic in a
+    /// chunk is passed on after the others have finished. A call from inside a job runs serially.
+    pub fn run(&self, chunks: usize, job: impl Fn(usize, usize) + Sync) {
+        assert!(chunks <= MAX_CHUNKS, "{chunks} chunks in one operation");
+        if self.threads == 1 || chunks <= 1 || self.busy.swap(true, Ordering::Acquire) {
+            (0..chunks).for_each(|chunk| job(0, chunk));
+            return;
+        }
+        let shared = &*self.shared;
+        let job: Job<'_> = &job;
+        // SAFETY: only the lifetime changes. The reference is dead before `job` is: this function
+        // does not return or unwind until `done` equals `chunks`, and no claim can succeed later.
+        let job: Job<'static> = unsafe { std::mem::transmute::<Job<'_>, Job<'static>>(job) };
+        // SAFETY: `busy` makes this the only leader, and the previous operation is finished, so no
+        // worker is reading the cell (see `Shared`).
+        unsafe { *shared.job.get() = Some(job) };
+        shared.done.store(0, Ordering::Relaxed);
+        let epoch = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
+        shared.state.store(epoch | (chunks as u64) << 16, Ordering::Release);
+        shared.wake_sleepers();
+        while shared.claim_and_run(0) {}
+        let mut idle = Idle::new();
+        while shared.done.load(Ordering::Acquire) < chunks {
+            idle.pause();
+        }
+        self.busy.store(false, Ordering::Release);
+        let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    /// Splits `0..n` into ranges of `step` and runs `job(worker, range)` for each.
+    pub fn for_ranges(&self, n: usize, step: usize, job: impl Fn(usize, Range<usize>) + Sync) {
+        let step = bounded_step(n, step);
+        self.run(n.div_ceil(step), |worker, i| job(worker, i * step..((i + 1) * step).min(n)));
+    }
+
+    /// Splits the row-major matrix `data` (rows of `cols` elements) into tiles of at most
+    /// `tile_rows x tile_cols` and hands each, mutable, to `job` with the worker's own `scratch`.
+    ///
+    /// `scratch` has an element for each thread.
+    pub fn for_tiles<T: Send, S: Send>(
+        &self,
+        data: &mut [T],
+        cols: usize,
+        (tile_rows, tile_cols): (usize, usize),
+        scratch: &mut [S],
+        job: impl Fn(&mut S, Tile<'_, T>) + Sync,
+    ) {
+        assert!(cols > 0 && data.len().is_multiple_of(cols), "{} elements in rows of {cols}", data.len());
+        assert!(scratch.len() >= self.threads, "scratch for {} of {} threads", scratch.len(), self.threads);
+        let rows = data.len() / cols;
+        let (tile_rows, tile_cols) = (tile_rows.clamp(1, rows.max(1)), tile_cols.clamp(1, cols));
+        let across = cols.div_ceil(tile_cols);
+        let (data, scratch) = (SharedMut(data.as_mut_ptr()), SharedMut(scratch.as_mut_ptr()));
+        self.run(rows.div_ceil(tile_rows) * across, |worker, i| {
+            let (r, c) = (i / across * tile_rows, i % across * tile_cols);
+            let tile = Tile {
+                origin: data,
+                stride: cols,
+                rows: r..(r + tile_rows).min(rows),
+                cols: c..(c + tile_cols).min(cols),
+                _borrow: PhantomData,
+            };
+            // SAFETY: `worker < threads <= scratch.len()`, and no other running chunk has this
+            // worker's number, so the element is borrowed once.
+            let scratch = unsafe { &mut *scratch.get().add(worker) };
+            job(scratch, tile);
+        });
+    }
+
+    /// [`for_tiles`](Self::for_tiles) without scratch.
+    pub fn for_plain_tiles<T: Send>(
+        &self,
+        data: &mut [T],
+        cols: usize,
+        tile: (usize, usize),
+        job: impl Fn(Tile<'_, T>) + Sync,
+    ) {
+        // A zero-sized element a thread: no allocation.
+        let mut scratch = vec![(); self.threads];
+        self.for_tiles(data, cols, tile, &mut scratch, |(), tile| job(tile));
+    }
+}
+
+/// At least so large that an operation has no more than [`MAX_CHUNKS`] chunks.
+fn bounded_step(n: usize, step: usize) -> usize {
+    step.max(n.div_ceil(MAX_CHUNKS)).max(1)
+}
+
+impl Drop for Team {
+    fn drop(&mut self) {
+        self.shared.quit.store(true, Ordering::SeqCst);
+        let _bed = self.shared.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.shared.wake.notify_all();
+    }
+}
+
+impl Shared {
+    /// A worker's life: chunks while there are some, sleep when there have been none for long.
+    fn work(&self, worker: usize) {
+        let mut idle = Idle::new();
+        while !self.quit.load(Ordering::Relaxed) {
+            if self.claim_and_run(worker) {
+                idle = Idle::new();
+            } else if !idle.pause() {
+                self.sleep();
+                idle = Idle::new();
+            }
+        }
+    }
+
+    /// Claims a chunk and runs it; false when none is left.
+    fn claim_and_run(&self, worker: usize) -> bool {
+        let seen = self.state.load(Ordering::Acquire);
+        let (chunks, next) = (seen >> 16 & 0xffff, seen & 0xffff);
+        if next >= chunks {
+            return false;
+        }
+        if self.state.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+            return true; // somebody else was quicker: look again
+        }
+        // SAFETY: the claim succeeded, so the leader is waiting for this chunk: the job it wrote
+        // before publishing `state` is in the cell and stays alive until `done` counts the chunk.
+        let job = unsafe { *self.job.get() };
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            if let Some(job) = job {
+                job(worker, next as usize);
+            }
+        }));
+        if let Err(panic) = outcome {
+            *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+        }
+        self.done.fetch_add(1, Ordering::Release);
+        true
+    }
+
+    fn has_work(&self) -> bool {
+        let state = self.state.load(Ordering::SeqCst);
+        (state & 0xffff) < (state >> 16 & 0xffff)
+    }
+
+    fn sleep(&self) {
+        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.sleepers.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        while !self.has_work() && !self.quit.load(Ordering::SeqCst) {
+            bed = self.wake.wait(bed).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Either the sleeper sees the new state, or this sees the sleeper (both sides fence).
+    fn wake_sleepers(&self) {
+        fence(Ordering::SeqCst);
+        if self.sleepers.load(Ordering::SeqCst) > 0 {
+            let _bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+            self.wake.notify_all();
+        }
+    }
+}
+
+/// Waiting politely: spin, then yield the core.
+struct Idle {
+    since: Option<Instant>,
+    rounds: u32,
+}
+
+impl Idle {
+    fn new() -> Self {
+        Self { since: None, rounds: 0 }
+    }
+
+    /// Waits a moment; false once it has been long enough to go to sleep.
+    fn pause(&mut self) -> bool {
+        self.rounds += 1;
+        std::hint::spin_loop();
+        if self.rounds.is_multiple_of(64) {
+            let waited = self.since.get_or_insert_with(Instant::now).elapsed();
+            if waited > SPIN {
+                std::thread::yield_now();
+            }
+            return waited < STAY_AWAKE;
+        }
+        true
+    }
+}
+
+/// A pointer that may cross threads: whoever hands out what it points to keeps the parts disjoint.
+struct SharedMut<T>(*mut T);
+
+impl<T> Clone for SharedMut<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<T> Copy for SharedMut<T> {}
+
+impl<T> SharedMut<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+// SAFETY: the pointer is to `T: Send` data of which `for_tiles` gives each thread a part of its own.
+unsafe impl<T: Send> Send for SharedMut<T> {}
+// SAFETY: as above; a shared `SharedMut` gives no access by itself.
+unsafe impl<T: Send> Sync for SharedMut<T> {}
+
+/// A rectangle of a row-major matrix that one chunk may write.
+pub struct Tile<'a, T> {
+    origin: SharedMut<T>,
+    stride: usize,
+    rows: Range<usize>,
+    cols: Range<usize>,
+    _borrow: PhantomData<&'a mut T>,
+}
+
+impl<T> Tile<'_, T> {
+    /// The rows of the matrix that the tile covers.
+    pub fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// The columns of the matrix that the tile covers.
+    pub fn cols(&self) -> Range<usize> {
+        self.cols.clone()
+    }
+
+    /// The tile's part of row `row` of the matrix (one of [`rows`](Self::rows)).
+    pub fn row(&mut self, row: usize) -> &mut [T] {
+        assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
+        // SAFETY: the row is one of the tile's, so the part lies inside the matrix that `for_tiles`
+        // borrows mutably for as long as the tile lives; tiles of different chunks are disjoint,
+        // and `&mut self` keeps this the only part that is borrowed from this one.
+        unsafe {
+            let start = self.origin.get().add(row * self.stride + self.cols.start);
+            std::slice::from_raw_parts_mut(start, self.cols.len())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chunk_runs_once_whatever_the_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let team = Team::new(threads).unwrap();
+            for chunks in [0, 1, 2, 7, 100, 5000] {
+                let counts: Vec<AtomicUsize> = (0..chunks).map(|_| AtomicUsize::new(0)).collect();
+                team.run(chunks, |worker, i| {
+                    assert!(worker < threads);
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1), "{threads} {chunks}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_cover_the_matrix_without_overlap() {
+        let team = Team::new(3).unwrap();
+        let (rows, cols) = (13, 29);
+        for tile in [(1, 29), (4, 8), (13, 1), (100, 100)] {
+            let mut data = vec![0u32; rows * cols];
+            team.for_plain_tiles(&mut data, cols, tile, |mut t| {
+                let first = t.cols().start;
+                for r in t.rows() {
+                    for (c, x) in t.row(r).iter_mut().enumerate() {
+                        *x += (r * cols + first + c) as u32 + 1;
+                    }
+                }
+            });
+            assert!(data.iter().enumerate().all(|(i, &x)| x == i as u32 + 1), "{tile:?}");
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_leader_and_the_team_goes_on() {
+        let team = Team::new(2).unwrap();
+        for _ in 0..20 {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                team.run(16, |_, i| assert!(i != 11, "chunk eleven"));
+            }));
+            assert!(caught.is_err());
+            let sum = AtomicUsize::new(0);
+            team.run(10, |_, i| _ = sum.fetch_add(i, Ordering::Relaxed));
+            assert_eq!(sum.into_inner(), 45);
+        }
+    }
+
+    #[test]
+    fn workers_wake_from_sleep_and_nested_calls_run_serially() {
+        let team = Team::new(4).unwrap();
+        for _ in 0..5 {
+            std::thread::sleep(STAY_AWAKE * 3);
+            let sum = AtomicUsize::new(0);
+            team.run(8, |_, _| team.run(4, |_, _| _ = sum.fetch_add(1, Ordering::Relaxed)));
+            assert_eq!(sum.into_inner(), 32);
+        }
+    }
+}
