@@ -1,9 +1,10 @@
 //! skiff: LLaMA inference on CPUs, with adaptive FFN skipping.
 
+pub mod chat;
 pub mod gguf;
+pub mod kernels;
+pub mod pull;
 pub mod quant;
+pub mod sampler;
 pub mod threads;
 pub mod tokenizer;
-pub mod sampler;
-pub mod chat;
-pub mod pull;

@@ -1,0 +1,122 @@
+//! Activations quantised to 8 bits: what the integer kernels multiply the weights with.
+
+/// Columns per scale.
+pub const BLOCK: usize = 32;
+/// Rows are padded with zeros to a multiple of this, so that kernels need no column tails.
+const PAD: usize = 256;
+
+/// Rows of activations: `x ~ scale * q`, a scale (f32) for every 32 columns, and the sum of `q` over
+/// every 16, which turns a weight's zero point and minimum into one multiplication a group.
+#[derive(Default)]
+pub struct Activations {
+    rows: usize,
+    cols: usize,
+    stride: usize,
+    q: Vec<i8>,
+    scale: Vec<f32>,
+    sum: Vec<i32>,
+}
+
+/// One row, padded: `q` holds a multiple of 256 columns of which the first `cols` count.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Q8Row<'a> {
+    pub cols: usize,
+    pub q: &'a [i8],
+    pub scale: &'a [f32],
+    pub sum: &'a [i32],
+}
+
+/// One row to be written.
+#[allow(missing_docs)]
+pub struct Q8RowMut<'a> {
+    pub q: &'a mut [i8],
+    pub scale: &'a mut [f32],
+    pub sum: &'a mut [i32],
+}
+
+/// Several rows from some column on. Row `t` starts `t * stride` columns after row 0.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Q8Rows<'a> {
+    pub rows: usize,
+    pub stride: usize,
+    pub q: &'a [i8],
+    pub scale: &'a [f32],
+    pub sum: &'a [i32],
+}
+
+impl Activations {
+    /// Room for `rows` rows of `cols` columns: later calls of [`reshape`](Self::reshape) within it
+    /// allocate nothing.
+    pub fn with_capacity(rows: usize, cols: usize) -> Self {
+        let mut acts = Self::default();
+        acts.reshape(rows, cols);
+        acts
+    }
+
+    /// Makes this `rows x cols`; the contents are to be written anew.
+    pub fn reshape(&mut self, rows: usize, cols: usize) {
+        (self.rows, self.cols, self.stride) = (rows, cols, cols.next_multiple_of(PAD));
+        let n = rows * self.stride;
+        if self.q.len() < n {
+            self.q.resize(n, 0);
+            self.scale.resize(n / BLOCK, 0.0);
+            self.sum.resize(n / 16, 0);
+        }
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of columns, without the padding.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Row `row`.
+    pub fn row(&self, row: usize) -> Q8Row<'_> {
+        assert!(row < self.rows);
+        let s = self.stride;
+        Q8Row {
+            cols: self.cols,
+            q: &self.q[row * s..][..s],
+            scale: &self.scale[row * (s / BLOCK)..][..s / BLOCK],
+            sum: &self.sum[row * (s / 16)..][..s / 16],
+        }
+    }
+
+    /// Row `row`, to be written by `Kernels::quantize`.
+    pub fn row_mut(&mut self, row: usize) -> Q8RowMut<'_> {
+        assert!(row < self.rows);
+        let s = self.stride;
+        Q8RowMut {
+            q: &mut self.q[row * s..][..s],
+            scale: &mut self.scale[row * (s / BLOCK)..][..s / BLOCK],
+            sum: &mut self.sum[row * (s / 16)..][..s / 16],
+        }
+    }
+
+    /// All rows, each a separate mutable view: for quantising in parallel.
+    pub fn rows_mut(&mut self) -> impl Iterator<Item = Q8RowMut<'_>> {
+        let s = self.stride.max(PAD);
+        let rows = self.rows;
+        let parts =
+            self.q.chunks_mut(s).zip(self.scale.chunks_mut(s / BLOCK)).zip(self.sum.chunks_mut(s / 16));
+        parts.take(rows).map(|((q, scale), sum)| Q8RowMut { q, scale, sum })
+    }
+
+    /// All rows from column `col` (a multiple of 32) on.
+    pub fn from_col(&self, col: usize) -> Q8Rows<'_> {
+        assert!(col.is_multiple_of(BLOCK) && col <= self.stride);
+        Q8Rows {
+            rows: self.rows,
+            stride: self.stride,
+            q: &self.q[col..],
+            scale: &self.scale[col / BLOCK..],
+            sum: &self.sum[col / 16..],
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! The kernel table: SIMD code for each instruction set, chosen once at run time.
+//!
+//! This is the only place with intrinsics and CPU detection. A [`Kernels`] handle can only be had
+//! from [`Kernels::select`] (or [`Kernels::available`]), which checks the CPU: holding one is the
+//! proof that its functions may run. Its methods assert every length; behind them no length is
+//! checked again.
+//!
+//! # What a kernel does
+//! Activations are quantised to 8 bits in blocks of 32 ([`Activations`]). A quantised weight is
+//! `scale * (q - zero) + min` with `q` an unsigned byte (`quant::unpack_row`), so the dot product
+//! over a group of 16 or 32 weights is
+//!
+//! ```text
+//! scale * a_scale * (sum(q * a) - zero * sum(a)) + min * a_scale * sum(a)
+//! ```
+//!
+//! with exact integer sums. Two functions compute it:
+//! * `dot`, for one token: weights are read in place, once, in the order of the file;
+//! * `gemm`, for many: 32 rows are unpacked to bytes in a panel that stays in the L1/L2 cache and
+//!   serves every token. One micro-kernel an ISA serves every type.
+
+pub mod activations;
+pub mod float;
+mod scalar;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::gguf::GgmlType;
+use crate::quant;
+pub use activations::{Activations, Q8Row, Q8Rows};
+
+/// Weight rows in a [`Panel`].
+pub const PANEL_ROWS: usize = 32;
+/// Columns of weights in a full [`Panel`]: 32 rows of 512 bytes are 16 KiB, half of a small L1.
+pub const PANEL_COLS: usize = 512;
+
+/// The functions of one instruction set. Each is `unsafe` to call where the CPU lacks it; the
+/// lengths that each expects are asserted in the methods of [`Kernels`].
+struct Functions {
+    quantize: unsafe fn(&[f32], &mut [i8], &mut [f32], &mut [i32]),
+    dot: unsafe fn(GgmlType, &[u8], usize, Q8Row<'_>, &mut [f32]),
+    unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
+    interleave: unsafe fn(&[u8], usize, &mut [u8]),
+    gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
+    float: &'static float::Functions,
+}
+
+/// A row of the kernel table.
+struct Isa {
+    name: &'static str,
+    needs: &'static str,
+    detect: fn() -> bool,
+    functions: Functions,
+}
+
+/// Every instruction set of this architecture, best first; `scalar` is last and always there.
+const TABLE: &[&Isa] = &[
+    #[cfg(target_arch = "x86_64")]
+    &x86::avx512vnni::ISA,
+    &scalar::ISA,
+];
+
+/// Why a kernel cannot be had.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum KernelError {
+    #[error("no kernel is called {name:?}; this build has {known}")]
+    Unknown { name: String, known: String },
+    #[error("this CPU has no {needs}, which kernel {name:?} needs; it can run {available}")]
+    Unsupported { name: &'static str, needs: &'static str, available: String },
+}
+
+/// A set of kernels that this CPU can run.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    isa: &'static Isa, // private: only made after `detect`
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Kernels({})", self.isa.name)
+    }
+}
+
+impl Kernels {
+    /// The kernels called `name`, or else named by `SKIFF_KERNEL`, or else the best for this CPU.
+    pub fn select(name: Option<&str>) -> Result<Self, KernelError> {
+        let from_env = std::env::var("SKIFF_KERNEL").ok().filter(|v| !v.is_empty());
+        let Some(name) = name.or(from_env.as_deref()) else {
+            return Ok(Self::available().next().unwrap_or(Self { isa: &scalar::ISA }));
+        };
+        let Some(&isa) = TABLE.iter().find(|isa| isa.name == name) else {
+            let known = TABLE.iter().map(|isa| isa.name).collect::<Vec<_>>().join(", ");
+            return Err(KernelError::Unknown { name: name.into(), known });
+        };
+        if !(isa.detect)() {
+            let available = Self::available().map(|k| k.name()).collect::<Vec<_>>().join(", ");
+            return Err(KernelError::Unsupported { name: isa.name, needs: isa.needs, available });
+        }
+        Ok(Self { isa })
+    }
+
+    /// Those that this CPU can run, best first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        TABLE.iter().filter(|isa| (isa.detect)()).map(|&isa| Self { isa })
+    }
+
+    /// Every kernel of this build: name, what it needs, whether this CPU can run it.
+    pub fn list() -> impl Iterator<Item = (&'static str, &'static str, bool)> {
+        TABLE.iter().map(|isa| (isa.name, isa.needs, (isa.detect)()))
+    }
+
+    /// The name, as `--kernel` and `SKIFF_KERNEL` take it.
+    pub fn name(&self) -> &'static str {
+        self.isa.name
+    }
+
+    /// Quantises `x` into row `row` of `acts`.
+    pub fn quantize(&self, x: &[f32], row: activations::Q8RowMut<'_>) {
+        let stride = row.q.len();
+        assert!(stride >= x.len() && x.len().is_multiple_of(32) && stride.is_multiple_of(256));
+        assert!(row.scale.len() == stride / 32 && row.sum.len() == stride / 16);
+        let (q, q_pad) = row.q.split_at_mut(x.len());
+        let (scale, scale_pad) = row.scale.split_at_mut(x.len() / 32);
+        let (sum, sum_pad) = row.sum.split_at_mut(x.len() / 16);
+        q_pad.fill(0);
+        scale_pad.fill(0.0);
+        sum_pad.fill(0);
+        // SAFETY: the handle proves the ISA; the lengths agree by the split.
+        unsafe { (self.isa.functions.quantize)(x, q, scale, sum) }
+    }
+
+    /// `out[r] = weights[r] . x` for the `out.len()` quantised rows in `weights`.
+    ///
+    /// `weights` holds whole rows of type `ty` with as many columns as `x` has.
+    pub fn dot(&self, ty: GgmlType, weights: &[u8], x: Q8Row<'_>, out: &mut [f32]) {
+        let row_bytes = ty.row_bytes(x.cols);
+        assert!(quant::is_quantised(ty) && x.cols.is_multiple_of(ty.block_len()));
+        assert_eq!(weights.len(), out.len() * row_bytes);
+        assert!(x.q.len().is_multiple_of(256) && x.q.len() >= x.cols);
+        assert!(x.scale.len() == x.q.len() / 32 && x.sum.len() == x.q.len() / 16);
+        if out.is_empty() || x.cols == 0 {
+            return out.fill(0.0);
+        }
+        // SAFETY: the handle proves the ISA; the lengths were just asserted.
+        unsafe { (self.isa.functions.dot)(ty, weights, row_bytes, x, out) }
+    }
+
+    /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`; missing rows count as 0.
+    ///
+    /// `weights` holds whole rows of `row_bytes`; `cols` begins and ends at a block boundary.
+    pub fn unpack(
+        &self,
+        ty: GgmlType,
+        weights: &[u8],
+        row_bytes: usize,
+        cols: std::ops::Range<usize>,
+        panel: &mut Panel,
+    ) {
+        let (block, rows) = (ty.block_len(), weights.len() / row_bytes);
+        assert!(quant::is_quantised(ty) && rows <= PANEL_ROWS && weights.len() == rows * row_bytes);
+        assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
+        assert!(cols.len() <= PANEL_COLS && ty.row_bytes(cols.end) <= row_bytes);
+        panel.reshape(ty, cols.len());
+        let bytes = ty.row_bytes(cols.start)..ty.row_bytes(cols.end);
+        let (n, groups) = (cols.len(), panel.groups());
+        let (mut scale, mut min) = ([0f32; PANEL_COLS / 16], [0f32; PANEL_COLS / 16]);
+        if rows < PANEL_ROWS {
+            panel.plain[..PANEL_ROWS * n].fill(0);
+            panel.scale.fill(0.0);
+            panel.min.fill(0.0);
+        }
+        for (r, row) in weights.chunks_exact(row_bytes).enumerate() {
+            let q = &mut panel.plain[r * n..][..n];
+            // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each
+            // weight and group of the blocks.
+            unsafe {
+                (self.isa.functions.unpack)(
+                    ty,
+                    &row[bytes.clone()],
+                    q,
+                    &mut scale[..groups],
+                    &mut min[..groups],
+                )
+            };
+            for g in 0..groups {
+                panel.scale[g * PANEL_ROWS + r] = scale[g];
+                panel.min[g * PANEL_ROWS + r] = min[g];
+            }
+        }
+        let (plain, q) = (&panel.plain[..PANEL_ROWS * n], &mut panel.q.0[..PANEL_ROWS * n]);
+        // SAFETY: the handle proves the ISA; both hold `PANEL_ROWS * n` bytes, `n` a multiple of 16.
+        unsafe { (self.isa.functions.interleave)(plain, n, q) }
+    }
+
+    /// `acc[t][r] += panel[r] . x[t]` for every row `t` of `x` and the 32 rows `r` of the panel.
+    ///
+    /// `x` begins at the panel's first column and has at least as many columns.
+    pub fn gemm(&self, panel: &Panel, x: Q8Rows<'_>, acc: &mut [f32]) {
+        assert_eq!(acc.len(), x.rows * PANEL_ROWS);
+        if x.rows == 0 || panel.cols == 0 {
+            return;
+        }
+        assert!((x.rows - 1) * x.stride + panel.cols <= x.q.len());
+        assert!((x.rows - 1) * (x.stride / 32) + panel.cols.div_ceil(32) <= x.scale.len());
+        assert!((x.rows - 1) * (x.stride / 16) + panel.cols.div_ceil(16) <= x.sum.len());
+        assert!(panel.cols.is_multiple_of(32) && panel.cols <= PANEL_COLS);
+        // SAFETY: the handle proves the ISA; the lengths were just asserted, and those of a panel
+        // are set by `Panel::reshape`.
+        unsafe { (self.isa.functions.gemm)(panel, x, acc) }
+    }
+}
+
+/// Bytes aligned to a cache line.
+#[repr(C, align(64))]
+struct Line([u8; PANEL_ROWS * PANEL_COLS]);
+
+/// 32 weight rows unpacked to bytes, for [`Kernels::gemm`].
+pub struct Panel {
+    cols: usize,
+    group_len: usize,
+    zero: u8,
+    has_min: bool,
+    /// Row-major `[row][col]`: what `unpack` writes.
+    plain: Box<[u8]>,
+    /// `[col / 4][row][col % 4]`: four columns of a row are a lane of the byte dot product.
+    q: Box<Line>,
+    /// `[group][row]`
+    scale: Box<[f32]>,
+    /// `[group][row]`
+    min: Box<[f32]>,
+}
+
+impl Default for Panel {
+    fn default() -> Self {
+        Self {
+            cols: 0,
+            group_len: 32,
+            zero: 0,
+            has_min: false,
+            plain: vec![0; PANEL_ROWS * PANEL_COLS].into(),
+            q: Box::new(Line([0; PANEL_ROWS * PANEL_COLS])),
+            scale: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),
+            min: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),
+        }
+    }
+}
+
+impl Panel {
+    fn reshape(&mut self, ty: GgmlType, cols: usize) {
+        self.cols = cols;
+        self.group_len = quant::group_len(ty);
+        self.zero = quant::zero_point(ty);
+        self.has_min = quant::has_min(ty);
+    }
+
+    fn groups(&self) -> usize {
+        self.cols / self.group_len
+    }
+}

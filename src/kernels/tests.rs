@@ -1,0 +1,306 @@
+//! Every available kernel, every type, awkward shapes, against the scalar code on the same inputs.
+
+use super::*;
+use crate::quant::{is_quantised, quantize_row};
+
+/// A small generator: tests need no better, and the same numbers every time.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn float(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.float() * self.float() * 3.0).collect()
+    }
+}
+
+fn scalar() -> Kernels {
+    Kernels { isa: &scalar::ISA }
+}
+
+/// The kernels to test; a missing one is named loudly, or fails if `SKIFF_REQUIRE_KERNELS` lists it.
+fn kernels_under_test() -> Vec<Kernels> {
+    let required = std::env::var("SKIFF_REQUIRE_KERNELS").unwrap_or_default();
+    for (name, needs, available) in Kernels::list() {
+        if !available {
+            assert!(
+                !required.split(',').any(|r| r == name),
+                "kernel {name} is required but this CPU has no {needs}"
+            );
+            eprintln!("SKIPPED: kernel {name}: this CPU has no {needs}");
+        }
+    }
+    for name in required.split(',').filter(|r| !r.is_empty()) {
+        assert!(Kernels::list().any(|(n, ..)| n == name), "kernel {name} is required but not in this build");
+    }
+    Kernels::available().filter(|k| k.name() != "scalar").collect()
+}
+
+fn quantised_types() -> impl Iterator<Item = GgmlType> {
+    GgmlType::all().filter(|&ty| is_quantised(ty))
+}
+
+/// Rows of weights; every third row is hostile: random bytes, whose scales may be anything finite.
+fn weights(rng: &mut Rng, ty: GgmlType, rows: usize, cols: usize) -> Vec<u8> {
+    let row_bytes = ty.row_bytes(cols);
+    let mut bytes = vec![0; rows * row_bytes];
+    for (r, row) in bytes.chunks_exact_mut(row_bytes).enumerate() {
+        match r % 4 {
+            3 => {} // zero scales
+            2 => {
+                // Quants at their extremes (-128 in Q8_0), scales as quantised.
+                quantize_row(ty, &rng.floats(cols), row);
+                let keep = row.to_vec();
+                let mut q = vec![0u8; cols];
+                let (mut s, mut m) = (vec![0f32; cols / 16], vec![0f32; cols / 16]);
+                let fill = if rng.next() % 2 == 0 { 0x80 } else { 0xff };
+                for (i, b) in row.iter_mut().enumerate() {
+                    *b = if rng.next() % 3 == 0 { fill } else { keep[i] };
+                }
+                let groups = cols / quant::group_len(ty);
+                quant::unpack_row(ty, row, &mut q, &mut s[..groups], &mut m[..groups]);
+                if !s[..groups].iter().chain(&m[..groups]).all(|v| v.abs() < 1e4) {
+                    row.copy_from_slice(&keep);
+                }
+            }
+            _ => quantize_row(ty, &rng.floats(cols), row),
+        }
+    }
+    bytes
+}
+
+fn activations(rng: &mut Rng, k: Kernels, rows: usize, cols: usize) -> Activations {
+    let mut acts = Activations::with_capacity(rows, cols);
+    for r in 0..rows {
+        let mut x = rng.floats(cols);
+        x[cols / 2] *= 50.0;
+        if r % 3 == 1 {
+            x[..32].fill(0.0);
+        }
+        k.quantize(&x, acts.row_mut(r));
+    }
+    acts
+}
+
+fn close(a: f32, b: f32, size: f32) -> bool {
+    (a - b).abs() <= 2e-5 * size.max(1e-3)
+}
+
+/// Sum of the magnitudes of the terms: what rounding errors are relative to.
+fn magnitude(ty: GgmlType, row: &[u8], x: Q8Row<'_>) -> f32 {
+    let mut w = vec![0f32; x.cols];
+    quant::dequantize_row(ty, row, &mut w);
+    w.iter().enumerate().map(|(i, w)| (w * x.scale[i / 32] * f32::from(x.q[i])).abs()).sum()
+}
+
+fn columns(ty: GgmlType) -> Vec<usize> {
+    [1, 2, 3, 4, 5, 9, 16, 18, 43].map(|n| n * ty.block_len()).to_vec()
+}
+
+#[test]
+fn quantised_activations_equal_scalar() {
+    let mut rng = Rng(7);
+    for k in kernels_under_test() {
+        for cols in [32, 64, 96, 576, 4096] {
+            for case in 0..4 {
+                let mut x = rng.floats(cols);
+                match case {
+                    1 => x.fill(0.0),
+                    2 => x.iter_mut().for_each(|v| *v *= 1e-35),
+                    3 => x.iter_mut().enumerate().for_each(|(i, v)| *v = (i as f32 - 20.0) * 0.5),
+                    _ => {}
+                }
+                let (mut a, mut b) =
+                    (Activations::with_capacity(1, cols), Activations::with_capacity(1, cols));
+                k.quantize(&x, a.row_mut(0));
+                scalar().quantize(&x, b.row_mut(0));
+                assert_eq!(a.row(0).q, b.row(0).q, "{} {cols} {case}", k.name());
+                assert_eq!(a.row(0).scale, b.row(0).scale, "{} {cols} {case}", k.name());
+                assert_eq!(a.row(0).sum, b.row(0).sum, "{} {cols} {case}", k.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn dot_products_equal_scalar() {
+    let mut rng = Rng(11);
+    let mut failures = Vec::new();
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            for cols in columns(ty) {
+                for rows in [1, 2, 3, 4, 5, 8, 11] {
+                    let w = weights(&mut rng, ty, rows, cols);
+                    let acts = activations(&mut rng, scalar(), 1, cols);
+                    let (mut got, mut want) = (vec![0f32; rows], vec![0f32; rows]);
+                    k.dot(ty, &w, acts.row(0), &mut got);
+                    scalar().dot(ty, &w, acts.row(0), &mut want);
+                    for r in 0..rows {
+                        let size =
+                            magnitude(ty, &w[r * ty.row_bytes(cols)..][..ty.row_bytes(cols)], acts.row(0));
+                        if !close(got[r], want[r], size) {
+                            failures.push(format!(
+                                "{} {ty} {rows}x{cols} row {r}: {} {}",
+                                k.name(),
+                                got[r],
+                                want[r]
+                            ));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(
+        failures.is_empty(),
+        "{} failures:\n{}",
+        failures.len(),
+        failures.iter().take(40).cloned().collect::<Vec<_>>().join("\n")
+    );
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_neighbours() {
+    let mut rng = Rng(5);
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            let cols = 5 * 256;
+            let w = weights(&mut rng, ty, 7, cols);
+            let acts = activations(&mut rng, k, 1, cols);
+            let mut all = [0f32; 7];
+            k.dot(ty, &w, acts.row(0), &mut all);
+            for (r, row) in w.chunks_exact(ty.row_bytes(cols)).enumerate() {
+                let mut one = [0f32];
+                k.dot(ty, row, acts.row(0), &mut one);
+                assert_eq!(one[0].to_bits(), all[r].to_bits(), "{} {ty} row {r}", k.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn unpacked_panels_equal_scalar() {
+    let mut rng = Rng(13);
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            let cols = 512.max(ty.block_len() * 3);
+            for rows in [1, 31, 32] {
+                let w = weights(&mut rng, ty, rows, cols);
+                for range in [0..ty.block_len(), 0..512, 256..512, 256..256 + ty.block_len()] {
+                    let (mut a, mut b) = (Panel::default(), Panel::default());
+                    k.unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut a);
+                    scalar().unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut b);
+                    let n = range.len() * PANEL_ROWS;
+                    let g = a.groups() * PANEL_ROWS;
+                    assert!(a.q.0[..n] == b.q.0[..n], "{} {ty} {rows} {range:?}", k.name());
+                    assert_eq!(a.scale[..g], b.scale[..g], "{} {ty} {rows} {range:?}", k.name());
+                    assert_eq!(a.min[..g], b.min[..g], "{} {ty} {rows} {range:?}", k.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn gemm_equals_scalar() {
+    let mut rng = Rng(17);
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            for (tokens, cols) in [(1, 1), (2, 2), (3, 1), (5, 2), (6, 2), (7, 1), (13, 2), (32, 2)] {
+                let cols = (cols * ty.block_len()).min(512);
+                let w = weights(&mut rng, ty, 32, cols);
+                let acts = activations(&mut rng, scalar(), tokens, cols);
+                let mut panel = Panel::default();
+                scalar().unpack(ty, &w, ty.row_bytes(cols), 0..cols, &mut panel);
+                let (mut got, mut want) = (vec![0.5; tokens * 32], vec![0.5; tokens * 32]);
+                k.gemm(&panel, acts.from_col(0), &mut got);
+                scalar().gemm(&panel, acts.from_col(0), &mut want);
+                for (i, (g, w_)) in got.iter().zip(&want).enumerate() {
+                    let row = &w[i % 32 * ty.row_bytes(cols)..][..ty.row_bytes(cols)];
+                    let size = magnitude(ty, row, acts.row(i / 32)).max(1.0);
+                    assert!(close(*g, *w_, size), "{} {ty} {tokens}x{cols} at {i}: {g} {w_}", k.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn float_functions_equal_scalar() {
+    let mut rng = Rng(23);
+    for k in kernels_under_test().into_iter().chain([scalar()]) {
+        for n in [0, 1, 15, 16, 17, 64, 100, 128, 576] {
+            let (a, b) = (rng.floats(n), rng.floats(n));
+            let half: Vec<u16> = b.iter().map(|&b| half::f16::from_f32(b).to_bits()).collect();
+            let wide: Vec<f32> = half.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect();
+            let exact = |a: &[f32], b: &[f32]| -> f64 {
+                a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+            };
+            assert!((f64::from(k.dot_f32(&a, &b)) - exact(&a, &b)).abs() < 1e-3);
+            assert!((f64::from(k.dot_f16(&a, &half)) - exact(&a, &wide)).abs() < 1e-3);
+            let mut out = vec![0.0; n];
+            k.widen(&half, &mut out);
+            assert_eq!(out, wide);
+            let (mut y, mut z) = (a.clone(), a.clone());
+            k.add_scaled(&mut y, 0.25, &wide);
+            k.add_scaled_f16(&mut z, 0.25, &half);
+            assert_eq!(y, z);
+            let mut e = a.clone();
+            let sum = k.exp_sum(&mut e, 1.5);
+            let want: Vec<f64> = a.iter().map(|a| f64::from(a - 1.5).exp()).collect();
+            assert!(
+                e.iter().zip(&want).all(|(e, w)| (f64::from(*e) - w).abs() <= 3e-7 * w),
+                "{} exp",
+                k.name()
+            );
+            assert!((f64::from(sum) - want.iter().sum::<f64>()).abs() < 1e-4 * (n.max(1) as f64));
+            let mut s = a.clone();
+            k.silu_mul(&mut s, &b);
+            for i in 0..n {
+                let want = f64::from(a[i]) / (1.0 + (-f64::from(a[i])).exp()) * f64::from(b[i]);
+                assert!((f64::from(s[i]) - want).abs() <= 1e-6 * want.abs().max(1e-6), "{} silu", k.name());
+            }
+        }
+        let mut far = [-1e30, -200.0, -88.0, 0.0];
+        let sum = k.exp_sum(&mut far, 0.0);
+        assert!(far[0] < 1e-37 && (sum - 1.0).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn float_rows_equal_exact_products() {
+    let mut rng = Rng(29);
+    for k in kernels_under_test().into_iter().chain([scalar()]) {
+        for ty in [GgmlType::F32, GgmlType::F16, GgmlType::BF16] {
+            for cols in [1, 16, 33, 64, 200] {
+                let (x, w) = (rng.floats(cols), rng.floats(3 * cols));
+                let mut bytes = vec![0; 3 * ty.row_bytes(cols)];
+                quantize_row(ty, &w, &mut bytes);
+                let mut wide = vec![0f32; 3 * cols];
+                quant::dequantize_row(ty, &bytes, &mut wide);
+                let mut out = [0f32; 3];
+                k.dot_float(ty, &bytes, &x, &mut out);
+                for (row, out) in wide.chunks(cols).zip(out) {
+                    let want: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                    assert!((f64::from(out) - want).abs() < 1e-4, "{} {ty} {cols}", k.name());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn selection_names_what_is_wrong() {
+    let error = Kernels::select(Some("avx9000")).unwrap_err().to_string();
+    assert!(error.contains("avx9000") && error.contains("scalar"), "{error}");
+    assert_eq!(Kernels::select(Some("scalar")).unwrap().name(), "scalar");
+}

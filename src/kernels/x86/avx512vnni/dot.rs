@@ -1,0 +1,460 @@
+//! One token: dot products of weight rows, read in place, with one row of activations; and the
+//! unpacking of rows for `gemm`, from the same block readers.
+
+use std::arch::x86_64::*;
+
+use super::blocks::{self, Four, Super, lanes};
+use crate::gguf::GgmlType;
+use crate::kernels::Q8Row;
+
+/// Rows that go through the blocks together: they share the activations' rearrangement, and their
+/// independent sums hide the latency of the adds.
+const ROWS: usize = 4;
+/// Bytes to prefetch ahead in each row: about a memory latency at one core's bandwidth.
+const AHEAD: usize = 1024;
+
+/// Activations for a [`Four`]: bytes in the order of its `low` and `high`, in lane `4 b` the start
+/// of block `b`'s integer sum (`-zero * sum`), its scale in each of its lanes, and
+/// `scale * sum` in its first lane.
+struct Acts4 {
+    low: __m512i,
+    high: __m512i,
+    start: __m512i,
+    scale: __m512,
+    sum: __m512,
+}
+
+/// Activations for a [`Super`]: likewise, but scales and sums by group, as in [`Super`].
+struct Acts8 {
+    q: [__m512i; 4],
+    start: [__m512i; 4],
+    scale: __m512,
+    sum: __m512,
+}
+
+const fn blocks_of_lanes(per: usize, first: usize) -> [i32; 16] {
+    let mut index = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        index[i] = (first + i / per) as i32;
+        i += 1;
+    }
+    index
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_q(x: &Q8Row<'_>, at: usize) -> __m512i {
+    let q: &[i8; 64] = x.q[at..].first_chunk().expect("rows of activations are padded");
+    // SAFETY: 64 readable bytes; the load has no alignment.
+    unsafe { _mm512_loadu_si512(q.as_ptr().cast()) }
+}
+
+/// Scales of the blocks of 128 columns from `at` on, in the first four lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn load_scale4(x: &Q8Row<'_>, at: usize) -> __m512 {
+    let s: &[f32; 4] = x.scale[at / 32..].first_chunk().expect("rows of activations are padded");
+    // SAFETY: 16 readable bytes; the load has no alignment.
+    _mm512_zextps128_ps512(unsafe { _mm_loadu_ps(s.as_ptr()) })
+}
+
+/// The eight sums over 16 columns from `at` on, in the first eight lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn load_sum8(x: &Q8Row<'_>, at: usize) -> __m512i {
+    let s: &[i32; 8] = x.sum[at / 16..].first_chunk().expect("rows of activations are padded");
+    // SAFETY: 32 readable bytes; the load has no alignment.
+    _mm512_zextsi256_si512(unsafe { _mm256_loadu_si256(s.as_ptr().cast()) })
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn start<const SHIFT: u32>(sums: __m512i) -> __m512i {
+    if SHIFT == 0 {
+        _mm512_setzero_si512()
+    } else {
+        _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, SHIFT))
+    }
+}
+
+/// For types whose zero point is `2^SHIFT` (0: none).
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn acts4<const SHIFT: u32>(x: &Q8Row<'_>, step: usize) -> Acts4 {
+    const SPREAD: [i32; 16] = blocks_of_lanes(4, 0);
+    let at = step * 128;
+    let (q0, q1) = (load_q(x, at), load_q(x, at + 64));
+    // Two sums a block, in its first two lanes.
+    let sums = _mm512_maskz_expand_epi32(0x3333, load_sum8(x, at));
+    let scale = _mm512_permutexvar_ps(lanes(&SPREAD), load_scale4(x, at));
+    Acts4 {
+        low: _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), q1),
+        high: _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), q1),
+        start: start::<SHIFT>(sums),
+        scale,
+        sum: _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums)),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step4<const MIN: bool>(w: &Four, a: &Acts4, acc: __m512) -> __m512 {
+    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start, w.low, a.low), w.high, a.high);
+    let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(w.scale, a.scale), acc);
+    if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
+}
+
+/// Q8_0 in the order of the row: blocks A and B in `low`, C and D in `high`; `start` and `sum` hold
+/// those of A and B, and of C and D; `scale` the four in the first lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn acts_q8_0(x: &Q8Row<'_>, step: usize) -> (Acts4, __m512i) {
+    let at = step * 128;
+    let sums = load_sum8(x, at);
+    let upper = _mm512_castsi256_si512(_mm512_extracti64x4_epi64::<0>(_mm512_alignr_epi64::<2>(sums, sums)));
+    let acts = Acts4 {
+        low: load_q(x, at),
+        high: load_q(x, at + 64),
+        start: start::<7>(_mm512_maskz_expand_epi32(0x0303, sums)),
+        scale: load_scale4(x, at),
+        sum: _mm512_setzero_ps(),
+    };
+    (acts, start::<7>(_mm512_maskz_expand_epi32(0x0303, upper)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step_q8_0(w: &Four, (a, start_high): &(Acts4, __m512i), acc: __m512) -> __m512 {
+    const LOW: [i32; 16] = blocks_of_lanes(8, 0);
+    const HIGH: [i32; 16] = blocks_of_lanes(8, 2);
+    let scale = _mm512_mul_ps(w.scale, a.scale);
+    let low = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start, w.low, a.low));
+    let high = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(*start_high, w.high, a.high));
+    let acc = _mm512_fmadd_ps(low, _mm512_permutexvar_ps(lanes(&LOW), scale), acc);
+    _mm512_fmadd_ps(high, _mm512_permutexvar_ps(lanes(&HIGH), scale), acc)
+}
+
+/// Scales and sums of the eight groups of 32 in 256 columns, in the lower eight lanes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn groups32(x: &Q8Row<'_>, at: usize) -> (__m512, __m512) {
+    let s: &[f32; 8] = x.scale[at / 32..].first_chunk().expect("rows of activations are padded");
+    // SAFETY: 32 readable bytes; the load has no alignment.
+    let scale = _mm512_zextps256_ps512(unsafe { _mm256_loadu_ps(s.as_ptr()) });
+    let sums = sums16(x, at);
+    let pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+    let sum32 = _mm512_zextsi256_si512(_mm512_cvtepi64_epi32(pairs));
+    (scale, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum32)))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn sums16(x: &Q8Row<'_>, at: usize) -> __m512i {
+    let s: &[i32; 16] = x.sum[at / 16..].first_chunk().expect("rows of activations are padded");
+    lanes(s)
+}
+
+/// For Q4_K and Q5_K: groups 0 2, 1 3, 4 6, 5 7.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn acts_k4(x: &Q8Row<'_>, step: usize) -> Acts8 {
+    let at = step * 256;
+    let pair = |at| {
+        let (a, b) = (load_q(x, at), load_q(x, at + 64));
+        (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
+    };
+    let ((q0, q1), (q2, q3)) = (pair(at), pair(at + 128));
+    let (scale, sum) = groups32(x, at);
+    Acts8 { q: [q0, q1, q2, q3], start: [_mm512_setzero_si512(); 4], scale, sum }
+}
+
+/// For IQ4_XS: the order of [`Four`], twice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn acts_iq4_xs(x: &Q8Row<'_>, step: usize) -> Acts8 {
+    let (a, b) = (acts4::<7>(x, 2 * step), acts4::<7>(x, 2 * step + 1));
+    let zero = _mm512_setzero_si512();
+    let (scale, sum) = groups32(x, step * 256);
+    Acts8 { q: [a.low, a.high, b.low, b.high], start: [a.start, zero, b.start, zero], scale, sum }
+}
+
+/// For types with groups of 16 in the order of the row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, step: usize) -> Acts8 {
+    const TWICE: [i32; 16] = blocks_of_lanes(2, 0);
+    const FIRST: [[i32; 16]; 4] =
+        [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
+    let at = step * 256;
+    let sums = sums16(x, at);
+    let first = |i: usize| start::<SHIFT>(_mm512_maskz_permutexvar_epi32(0x1111, lanes(&FIRST[i]), sums));
+    let scale = _mm512_permutexvar_ps(lanes(&TWICE), groups32(x, at).0);
+    Acts8 {
+        q: [load_q(x, at), load_q(x, at + 64), load_q(x, at + 128), load_q(x, at + 192)],
+        start: [first(0), first(1), first(2), first(3)],
+        scale,
+        sum: _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums)),
+    }
+}
+
+/// `SPREAD[i]`: the group of each lane of `q[i]`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step8<const MIN: bool>(w: &Super, a: &Acts8, spread: &[[i32; 16]; 4], mut acc: __m512) -> __m512 {
+    let scale = _mm512_mul_ps(w.scale, a.scale);
+    for i in 0..4 {
+        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
+        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(&spread[i]), scale), acc);
+    }
+    if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
+}
+
+const fn two_groups(low: i32, high: i32) -> [i32; 16] {
+    let mut index = [low; 16];
+    let mut i = 8;
+    while i < 16 {
+        index[i] = high;
+        i += 1;
+    }
+    index
+}
+
+const SPREAD_K4: [[i32; 16]; 4] = [two_groups(0, 2), two_groups(1, 3), two_groups(4, 6), two_groups(5, 7)];
+const SPREAD_IQ4_XS: [[i32; 16]; 4] =
+    [blocks_of_lanes(4, 0), blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 4)];
+const SPREAD_16: [[i32; 16]; 4] =
+    [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
+
+/// A function that multiplies rows of one type, `$bytes` bytes a step: `$acts(x, step)` prepares the
+/// activations and `$step(bytes, acts, acc)` adds their products.
+macro_rules! dot_rows {
+    ($name:ident, $bytes:literal, $acts:expr, $step:expr) => {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+            #[inline]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn rows<const R: usize>(rows: [&[u8]; R], x: &Q8Row<'_>) -> [f32; R] {
+                let (steps, tails) =
+                    (rows.map(|r| r.as_chunks::<$bytes>().0), rows.map(|r| r.as_chunks::<$bytes>().1));
+                let mut acc = [_mm512_setzero_ps(); R];
+                let n = steps[0].len();
+                for s in 0..n {
+                    let a = $acts(x, s);
+                    for r in 0..R {
+                        prefetch(&steps[r][s]);
+                        acc[r] = $step(&steps[r][s], &a, acc[r]);
+                    }
+                }
+                if !tails[0].is_empty() {
+                    // Fewer blocks than a step takes: zeros for the rest.
+                    let a = $acts(x, n);
+                    for r in 0..R {
+                        let mut padded = [0u8; $bytes];
+                        padded[..tails[r].len()].copy_from_slice(tails[r]);
+                        acc[r] = $step(&padded, &a, acc[r]);
+                    }
+                }
+                acc.map(|acc| _mm512_reduce_add_ps(acc))
+            }
+            let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
+            for (w, out) in groups {
+                if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
+                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), &x);
+                } else {
+                    for (w, out) in w.chunks_exact(row_bytes).zip(out) {
+                        [*out] = rows([w], &x);
+                    }
+                }
+            }
+        }
+    };
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn prefetch<const N: usize>(step: &[u8; N]) {
+    let at = step.as_ptr().wrapping_add(AHEAD).cast();
+    // SAFETY: a prefetch of any address is allowed; it never faults.
+    unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
+}
+
+dot_rows!(dot_q4_0, 72, acts4::<3>, |b, a, acc| step4::<false>(&blocks::q4_0(b), a, acc));
+dot_rows!(dot_iq4_nl, 72, acts4::<7>, |b, a, acc| step4::<false>(&blocks::iq4_nl(b), a, acc));
+dot_rows!(dot_q4_1, 80, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q4_1(b), a, acc));
+dot_rows!(dot_q5_0, 88, acts4::<4>, |b, a, acc| step4::<false>(&blocks::q5_0(b), a, acc));
+dot_rows!(dot_q5_1, 96, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q5_1(b), a, acc));
+dot_rows!(dot_q8_0, 136, acts_q8_0, |b, a, acc| step_q8_0(&blocks::q8_0(b), a, acc));
+dot_rows!(dot_q2_k, 84, acts_groups16::<0>, |b, a, acc| step8::<true>(&blocks::q2_k(b), a, &SPREAD_16, acc));
+dot_rows!(dot_q3_k, 110, acts_groups16::<2>, |b, a, acc| step8::<false>(
+    &blocks::q3_k(b),
+    a,
+    &SPREAD_16,
+    acc
+));
+dot_rows!(dot_q4_k, 144, acts_k4, |b, a, acc| step8::<true>(&blocks::q4_k(b), a, &SPREAD_K4, acc));
+dot_rows!(dot_q5_k, 176, acts_k4, |b, a, acc| step8::<true>(&blocks::q5_k(b), a, &SPREAD_K4, acc));
+dot_rows!(dot_q6_k, 210, acts_groups16::<5>, |b, a, acc| step8::<false>(
+    &blocks::q6_k(b),
+    a,
+    &SPREAD_16,
+    acc
+));
+dot_rows!(dot_iq4_xs, 136, acts_iq4_xs, |b, a, acc| step8::<false>(
+    &blocks::iq4_xs(b),
+    a,
+    &SPREAD_IQ4_XS,
+    acc
+));
+
+/// See `Kernels::dot`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+    use GgmlType::*;
+    match ty {
+        Q8_0 => dot_q8_0(weights, row_bytes, x, out),
+        Q4_0 => dot_q4_0(weights, row_bytes, x, out),
+        Q4_1 => dot_q4_1(weights, row_bytes, x, out),
+        Q5_0 => dot_q5_0(weights, row_bytes, x, out),
+        Q5_1 => dot_q5_1(weights, row_bytes, x, out),
+        Q2_K => dot_q2_k(weights, row_bytes, x, out),
+        Q3_K => dot_q3_k(weights, row_bytes, x, out),
+        Q4_K => dot_q4_k(weights, row_bytes, x, out),
+        Q5_K => dot_q5_k(weights, row_bytes, x, out),
+        Q6_K => dot_q6_k(weights, row_bytes, x, out),
+        IQ4_NL => dot_iq4_nl(weights, row_bytes, x, out),
+        IQ4_XS => dot_iq4_xs(weights, row_bytes, x, out),
+        F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store64(q: &mut [u8], at: usize, z: __m512i) {
+    let q: &mut [u8; 64] = q[at..].first_chunk_mut().expect("room for the block");
+    // SAFETY: 64 writable bytes; the store has no alignment.
+    unsafe { _mm512_storeu_si512(q.as_mut_ptr().cast(), z) };
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_floats(z: __m512) -> [f32; 16] {
+    let mut f = [0f32; 16];
+    // SAFETY: 64 writable bytes; the store has no alignment.
+    unsafe { _mm512_storeu_ps(f.as_mut_ptr(), z) };
+    f
+}
+
+/// The order of [`Four`] to that of the row.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn straighten4(low: __m512i, high: __m512i) -> (__m512i, __m512i) {
+    (
+        _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high),
+        _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high),
+    )
+}
+
+/// The order of Q4_K to that of the row; undoes itself.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn straighten_k4(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
+    (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn unpack4<const BYTES: usize>(
+    bytes: &[u8],
+    q: &mut [u8],
+    scale: &mut [f32],
+    min: &mut [f32],
+    read: impl Fn(&[u8; BYTES]) -> (__m512i, __m512i, __m512, __m512),
+) {
+    let (steps, tail) = bytes.as_chunks::<BYTES>();
+    for (s, b) in steps.iter().enumerate() {
+        let (z0, z1, scales, mins) = read(b);
+        store64(q, s * 128, z0);
+        store64(q, s * 128 + 64, z1);
+        scale[s * 4..][..4].copy_from_slice(&store_floats(scales)[..4]);
+        min[s * 4..][..4].copy_from_slice(&store_floats(mins)[..4]);
+    }
+    if !tail.is_empty() {
+        let mut padded = [0u8; BYTES];
+        padded[..tail.len()].copy_from_slice(tail);
+        let (z0, z1, scales, mins) = read(&padded);
+        let mut rest = [0u8; 128];
+        store64(&mut rest, 0, z0);
+        store64(&mut rest, 64, z1);
+        let (q, scale, min) =
+            (&mut q[steps.len() * 128..], &mut scale[steps.len() * 4..], &mut min[steps.len() * 4..]);
+        q.copy_from_slice(&rest[..q.len()]);
+        scale.copy_from_slice(&store_floats(scales)[..scale.len()]);
+        min.copy_from_slice(&store_floats(mins)[..min.len()]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn row_order(w: &Four) -> (__m512i, __m512i, __m512, __m512) {
+    let (z0, z1) = straighten4(w.low, w.high);
+    (z0, z1, _mm512_maskz_compress_ps(0x1111, w.scale), _mm512_maskz_compress_ps(0x1111, w.min))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn unpack8<const BYTES: usize>(
+    bytes: &[u8],
+    groups: usize,
+    q: &mut [u8],
+    scale: &mut [f32],
+    min: &mut [f32],
+    read: impl Fn(&[u8; BYTES]) -> Super,
+) {
+    for (s, b) in bytes.as_chunks::<BYTES>().0.iter().enumerate() {
+        let w = read(b);
+        for (i, z) in w.q.into_iter().enumerate() {
+            store64(q, s * 256 + i * 64, z);
+        }
+        scale[s * groups..][..groups].copy_from_slice(&store_floats(w.scale)[..groups]);
+        min[s * groups..][..groups].copy_from_slice(&store_floats(w.min)[..groups]);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn straight_k4(w: Super) -> Super {
+    let ((q0, q1), (q2, q3)) = (straighten_k4(w.q[0], w.q[1]), straighten_k4(w.q[2], w.q[3]));
+    Super { q: [q0, q1, q2, q3], ..w }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn straight_iq4_xs(w: Super) -> Super {
+    let ((q0, q1), (q2, q3)) = (straighten4(w.q[0], w.q[1]), straighten4(w.q[2], w.q[3]));
+    Super { q: [q0, q1, q2, q3], ..w }
+}
+
+/// See `quant::unpack_row`, with which the results are identical.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn unpack(ty: GgmlType, b: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]) {
+    use GgmlType::*;
+    match ty {
+        Q8_0 => unpack4(b, q, scale, min, |b| {
+            let w = blocks::q8_0(b);
+            (w.low, w.high, w.scale, w.min)
+        }),
+        Q4_0 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_0(b))),
+        Q4_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_1(b))),
+        Q5_0 => unpack4(b, q, scale, min, |b| row_order(&blocks::q5_0(b))),
+        Q5_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q5_1(b))),
+        IQ4_NL => unpack4(b, q, scale, min, |b| row_order(&blocks::iq4_nl(b))),
+        Q2_K => unpack8(b, 16, q, scale, min, |b| blocks::q2_k(b)),
+        Q3_K => unpack8(b, 16, q, scale, min, |b| blocks::q3_k(b)),
+        Q4_K => unpack8(b, 8, q, scale, min, |b| straight_k4(blocks::q4_k(b))),
+        Q5_K => unpack8(b, 8, q, scale, min, |b| straight_k4(blocks::q5_k(b))),
+        Q6_K => unpack8(b, 16, q, scale, min, |b| blocks::q6_k(b)),
+        IQ4_XS => unpack8(b, 8, q, scale, min, |b| straight_iq4_xs(blocks::iq4_xs(b))),
+        F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
+    }
+}

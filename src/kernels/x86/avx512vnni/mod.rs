@@ -1,0 +1,69 @@
+//! AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes to each 32-bit lane.
+
+mod blocks;
+mod dot;
+mod gemm;
+
+use std::arch::x86_64::*;
+
+use crate::kernels::float::instantiate;
+use crate::kernels::{Functions, Isa};
+
+pub(in crate::kernels) static ISA: Isa = Isa {
+    name: "avx512vnni",
+    needs: "AVX-512 (F, BW, DQ, VL) with VNNI",
+    detect: || {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    },
+    functions: Functions {
+        quantize,
+        dot: dot::dot,
+        unpack: dot::unpack,
+        interleave: gemm::interleave,
+        gemm: gemm::gemm,
+        float: &FLOAT,
+    },
+};
+
+instantiate!(FLOAT, true, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], |b: &[u16; 16]| {
+    widen16(b)
+});
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn widen16(bits: &[u16; 16]) -> [f32; 16] {
+    // SAFETY: `bits` is 32 readable bytes; the load has no alignment.
+    let half = unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) };
+    let mut wide = [0f32; 16];
+    // SAFETY: `wide` is 64 writable bytes; the store has no alignment.
+    unsafe { _mm512_storeu_ps(wide.as_mut_ptr(), _mm512_cvtph_ps(half)) };
+    wide
+}
+
+/// See `scalar::quantize`, with which the results are identical.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]) {
+    let blocks = x.as_chunks::<32>().0.iter().zip(q.as_chunks_mut::<32>().0);
+    for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum.as_chunks_mut::<2>().0)) {
+        // SAFETY: `x` is 32 floats.
+        let (x0, x1) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
+        let max = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(x0), _mm512_abs_ps(x1)));
+        let inverse = _mm512_set1_ps(if max > 1e-30 { 127.0 / max } else { 0.0 });
+        *scale = max / 127.0;
+        let (q0, q1) =
+            (_mm512_cvtps_epi32(_mm512_mul_ps(x0, inverse)), _mm512_cvtps_epi32(_mm512_mul_ps(x1, inverse)));
+        *sum = [_mm512_reduce_add_epi32(q0), _mm512_reduce_add_epi32(q1)];
+        // SAFETY: `q` is 32 bytes.
+        unsafe {
+            _mm_storeu_si128(q.as_mut_ptr().cast(), _mm512_cvtsepi32_epi8(q0));
+            _mm_storeu_si128(q.as_mut_ptr().add(16).cast(), _mm512_cvtsepi32_epi8(q1));
+        }
+    }
+}
