@@ -46,6 +46,38 @@ const TABLE: [(GgmlType, u32, &str, usize, usize); 15] = {
     ]
 };
 
+/// (ggml id, name) of the types that ggml has or had and skiff does not support: an error can name them.
+const UNSUPPORTED: [(u32, &str); 28] = [
+    (4, "Q4_2"),
+    (5, "Q4_3"),
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (24, "I8"),
+    (25, "I16"),
+    (26, "I32"),
+    (27, "I64"),
+    (28, "F64"),
+    (29, "IQ1_M"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (36, "IQ4_NL_4_4"),
+    (37, "IQ4_NL_4_8"),
+    (38, "IQ4_NL_8_8"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (41, "Q1_0"),
+    (42, "Q2_0"),
+];
+
 impl GgmlType {
     /// Every supported type.
     pub fn all() -> impl Iterator<Item = Self> {
@@ -60,6 +92,12 @@ impl GgmlType {
     /// The type with this name (`Q4_0`, case-insensitive).
     pub fn from_name(name: &str) -> Option<Self> {
         TABLE.iter().find(|row| row.2.eq_ignore_ascii_case(name)).map(|row| row.0)
+    }
+
+    /// ggml's name of a type id, supported or not.
+    pub fn ggml_name(id: u32) -> Option<&'static str> {
+        let unsupported = || UNSUPPORTED.iter().find(|row| row.0 == id).map(|row| row.1);
+        Self::from_id(id).map(Self::name).or_else(unsupported)
     }
 
     fn row(self) -> &'static (GgmlType, u32, &'static str, usize, usize) {
@@ -111,5 +149,15 @@ mod tests {
             assert_eq!(GgmlType::from_name(row.2), Some(row.0));
         }
         assert_eq!(GgmlType::from_id(9999), None);
+    }
+
+    #[test]
+    fn every_ggml_id_has_one_name() {
+        for id in 0..=42 {
+            assert!(GgmlType::ggml_name(id).is_some(), "{id}");
+            let unsupported = UNSUPPORTED.iter().filter(|row| row.0 == id).count();
+            assert_eq!(unsupported + usize::from(GgmlType::from_id(id).is_some()), 1, "{id}");
+        }
+        assert_eq!(GgmlType::ggml_name(43), None);
     }
 }
