@@ -77,13 +77,13 @@ impl GgmlType {
     }
 
     /// Elements per block.
-    pub fn block_len(self) -> usize {
-        self.row().3
+    pub const fn block_len(self) -> usize {
+        TABLE[self as usize].3
     }
 
     /// Bytes per block.
-    pub fn block_bytes(self) -> usize {
-        self.row().4
+    pub const fn block_bytes(self) -> usize {
+        TABLE[self as usize].4
     }
 
     /// Bytes of a row of `n` elements; `n` is a multiple of the block length.
