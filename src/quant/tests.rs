@@ -86,17 +86,18 @@ fn weights(n: usize) -> Vec<f32> {
 }
 
 /// Root mean square error of quantising [`weights`], relative to their root mean square.
+/// A little above what was measured, so that a worse quantiser fails; a better one lowers its row.
 const ROUND_TRIP_BUDGET: [(GgmlType, f32); 15] = [
     (F32, 0.0),
-    (F16, 0.0003),
-    (BF16, 0.0025),
+    (F16, 0.00022),
+    (BF16, 0.0018),
     (Q8_0, 0.007),
     (Q6_K, 0.020),
     (Q5_K, 0.040),
     (Q5_1, 0.042),
     (Q5_0, 0.048),
-    (IQ4_XS, 0.080),
-    (IQ4_NL, 0.080),
+    (IQ4_XS, 0.085),
+    (IQ4_NL, 0.084),
     (Q4_K, 0.077),
     (Q4_1, 0.086),
     (Q4_0, 0.095),
@@ -157,7 +158,7 @@ fn nan_survives_the_float_types() {
     }
 }
 
-/// Packing in a quantiser and unpacking are written apart; codes that a quantiser meets exactly come back.
+/// Packing and unpacking are written apart, so a field in the wrong place would show as a large error.
 #[test]
 fn packed_fields_come_back() {
     for ty in GgmlType::all().filter(|&ty| is_quantised(ty)) {
@@ -173,7 +174,7 @@ fn packed_fields_come_back() {
         unpack_row(ty, &bytes, &mut q, &mut scale, &mut min);
         let worst = once.iter().zip(weights(n)).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
         let widest = scale.iter().fold(0.0f32, |m, s| m.max(s.abs()));
-        // No weight lies further off than two steps (26 of the IQ4 table's units): a swapped field would.
+        // No weight lies further off than two steps (26 of the IQ4 table's units).
         let steps = if zero == 128 && ty != Q8_0 { 52.0 } else { 2.0 };
         assert!(worst <= steps * widest, "{ty}: {worst} with steps of {widest}");
     }
