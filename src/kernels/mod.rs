@@ -21,6 +21,7 @@
 
 pub mod activations;
 pub mod float;
+pub mod gemm_f32;
 mod scalar;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,319 @@
+//! Grouped-query attention over a key/value cache, tiled with an online softmax.
+//!
+//! For each head the keys are visited in tiles of [`TILE`] positions. A running maximum and sum turn
+//! the tiles' scores into the exact softmax without holding all of them (Milakov and Gimelshein
+//! 2018; Dao et al. 2022). One or a few queries read the cache in place; a prompt's many queries
+//! widen each tile to f32 once and multiply matrices.
+
+use std::ops::Range;
+
+use super::Compute;
+use crate::kernels::Kernels;
+use crate::kernels::gemm_f32::View;
+
+/// Positions of a tile: its keys and values stay in the L2 cache.
+pub const TILE: usize = 128;
+/// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
+const QUERY_ROWS: usize = 96;
+/// From so many query rows on, widening a tile pays.
+const WIDEN_ROWS: usize = 8;
+
+/// Where keys or values of one layer are read from: `n` positions of a head's `head_dim` numbers.
+pub trait CacheTile: Sync {
+    /// The half-precision bits of a head's positions, if stored so (contiguous).
+    fn half(&self, head: usize, positions: Range<usize>) -> Option<&[u16]>;
+    /// The numbers of a head's positions, widened.
+    fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]);
+}
+
+/// Shapes of an attention step.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct Shape {
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    /// Position of the first query.
+    pub first: usize,
+}
+
+/// A thread's buffers.
+#[derive(Default)]
+pub struct AttentionScratch {
+    queries: Vec<f32>,
+    scores: Vec<f32>,
+    out: Vec<f32>,
+    wide: Vec<f32>,
+    /// Running maximum and sum of each query row.
+    running: Vec<(f32, f32)>,
+}
+
+impl AttentionScratch {
+    /// For decoding with up to `group` heads to a key/value head; prompts grow it once.
+    pub fn with_capacity(group: usize, head_dim: usize) -> Self {
+        let mut scratch = Self::default();
+        scratch.reserve(group.max(WIDEN_ROWS), head_dim);
+        scratch
+    }
+
+    fn reserve(&mut self, rows: usize, head_dim: usize) {
+        if self.running.len() < rows {
+            self.queries.resize(rows * head_dim, 0.0);
+            self.scores.resize(rows * TILE, 0.0);
+            self.out.resize(rows * head_dim, 0.0);
+            self.wide.resize(TILE * head_dim, 0.0);
+            self.running.resize(rows, (0.0, 0.0));
+        }
+    }
+}
+
+/// `out[t][h] = softmax(q[t][h] . K / sqrt(head_dim)) V` over positions `0..=first + t`.
+///
+/// `q` holds rows of `q_stride` of which the first `heads * head_dim` are the queries; `out` rows of
+/// `heads * head_dim`.
+pub fn attention(
+    on: Compute<'_>,
+    shape: Shape,
+    (q, q_stride): (&[f32], usize),
+    keys: &impl CacheTile,
+    values: &impl CacheTile,
+    out: &mut [f32],
+    scratch: &mut [AttentionScratch],
+) {
+    let Shape { heads, kv_heads, head_dim, .. } = shape;
+    let group = heads / kv_heads;
+    let rows = out.len() / (heads * head_dim);
+    let tokens = (QUERY_ROWS / group).clamp(1, rows);
+    // With few key/value heads for the threads, the heads of a group go to different ones.
+    let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
+    let chunk_heads = if split { 1 } else { group };
+    let tile = (tokens, chunk_heads * head_dim);
+    on.team.for_tiles(out, heads * head_dim, tile, scratch, |scratch, mut tile| {
+        let head = tile.cols().start / head_dim;
+        let block = Block { shape, kv_head: head / group, head, heads: chunk_heads, tokens: tile.rows() };
+        block.run(on.kernels, (q, q_stride), keys, values, scratch);
+        for (i, t) in tile.rows().enumerate() {
+            let n = chunk_heads * head_dim;
+            tile.row(t).copy_from_slice(&scratch.out[i * n..][..n]);
+        }
+    });
+}
+
+/// Some tokens' queries for some heads of a group.
+struct Block {
+    shape: Shape,
+    kv_head: usize,
+    head: usize,
+    heads: usize,
+    tokens: Range<usize>,
+}
+
+impl Block {
+    fn run(
+        &self,
+        kernels: Kernels,
+        (q, q_stride): (&[f32], usize),
+        keys: &impl CacheTile,
+        values: &impl CacheTile,
+        scratch: &mut AttentionScratch,
+    ) {
+        let dim = self.shape.head_dim;
+        let rows = self.tokens.len() * self.heads;
+        scratch.reserve(rows, dim);
+        let scale = 1.0 / (dim as f32).sqrt();
+        for (i, t) in self.tokens.clone().enumerate() {
+            let from = &q[t * q_stride + self.head * dim..][..self.heads * dim];
+            let to = &mut scratch.queries[i * self.heads * dim..][..self.heads * dim];
+            to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
+        }
+        scratch.out[..rows * dim].fill(0.0);
+        scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
+        let end = self.shape.first + self.tokens.end;
+        for from in (0..end).step_by(TILE) {
+            let positions = from..(from + TILE).min(end);
+            if rows < WIDEN_ROWS {
+                self.tile_in_place(kernels, positions, keys, values, scratch);
+            } else {
+                self.tile_widened(kernels, positions, keys, values, scratch);
+            }
+        }
+        for (row, &(_, sum)) in scratch.out.chunks_exact_mut(dim).zip(&scratch.running[..rows]) {
+            row.iter_mut().for_each(|o| *o /= sum);
+        }
+    }
+
+    /// Positions of a tile that the query of row `row` may see.
+    fn visible(&self, row: usize, positions: &Range<usize>) -> usize {
+        let last = self.shape.first + self.tokens.start + row / self.heads;
+        (last + 1).saturating_sub(positions.start).min(positions.len())
+    }
+
+    fn tile_in_place(
+        &self,
+        kernels: Kernels,
+        positions: Range<usize>,
+        keys: &impl CacheTile,
+        values: &impl CacheTile,
+        scratch: &mut AttentionScratch,
+    ) {
+        let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
+        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        match keys.half(self.kv_head, positions.clone()) {
+            Some(keys) => scores_of(queries, scores, rows, dim, keys, |q, k| kernels.dot_f16(q, k)),
+            None => {
+                let wide = &mut wide[..positions.len() * dim];
+                keys.widen(kernels, self.kv_head, positions.clone(), wide);
+                scores_of(queries, scores, rows, dim, wide, |q, k| kernels.dot_f32(q, k));
+            }
+        }
+        let halves = values.half(self.kv_head, positions.clone());
+        if halves.is_none() {
+            values.widen(kernels, self.kv_head, positions.clone(), &mut wide[..positions.len() * dim]);
+        }
+        for row in 0..rows {
+            let n = self.visible(row, &positions);
+            let weights = &mut scores[row * TILE..][..n];
+            let out = &mut out[row * dim..][..dim];
+            softmax_step(kernels, weights, &mut running[row], out);
+            match halves {
+                Some(values) => {
+                    for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
+                        kernels.add_scaled_f16(out, *w, v);
+                    }
+                }
+                None => {
+                    for (w, v) in weights.iter().zip(wide.chunks_exact(dim)) {
+                        kernels.add_scaled(out, *w, v);
+                    }
+                }
+            }
+        }
+    }
+
+    fn tile_widened(
+        &self,
+        kernels: Kernels,
+        positions: Range<usize>,
+        keys: &impl CacheTile,
+        values: &impl CacheTile,
+        scratch: &mut AttentionScratch,
+    ) {
+        let (dim, n) = (self.shape.head_dim, positions.len());
+        let rows = self.tokens.len() * self.heads;
+        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        let wide = &mut wide[..n * dim];
+        keys.widen(kernels, self.kv_head, positions.clone(), wide);
+        let queries = View::rows(&queries[..rows * dim], dim);
+        kernels.gemm_f32(queries, View::rows(wide, dim).transposed(), 0.0, scores, TILE);
+        for row in 0..rows {
+            let seen = self.visible(row, &positions);
+            let (weights, hidden) = scores[row * TILE..][..n].split_at_mut(seen);
+            softmax_step(kernels, weights, &mut running[row], &mut out[row * dim..][..dim]);
+            hidden.fill(0.0);
+        }
+        values.widen(kernels, self.kv_head, positions, wide);
+        let weights = View::rows(&scores[..rows * TILE], TILE).first_cols(n);
+        kernels.gemm_f32(weights, View::rows(wide, dim), 1.0, out, dim);
+    }
+}
+
+fn scores_of<T>(
+    queries: &[f32],
+    scores: &mut [f32],
+    rows: usize,
+    dim: usize,
+    keys: &[T],
+    dot: impl Fn(&[f32], &[T]) -> f32,
+) {
+    for (q, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(TILE)).take(rows) {
+        for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
+            *score = dot(q, key);
+        }
+    }
+}
+
+/// Turns scores into weights relative to the running maximum, and rescales what was summed before.
+fn softmax_step(kernels: Kernels, scores: &mut [f32], running: &mut (f32, f32), out: &mut [f32]) {
+    if scores.is_empty() {
+        return;
+    }
+    let max = scores.iter().fold(running.0, |m, &s| m.max(s));
+    let before = if running.0 == max { 1.0 } else { (running.0 - max).exp() };
+    if before != 1.0 {
+        out.iter_mut().for_each(|o| *o *= before);
+    }
+    *running = (max, running.1 * before + kernels.exp_sum(scores, max));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::threads::Team;
+
+    struct Plain(Vec<f32>, usize, usize);
+
+    impl CacheTile for Plain {
+        fn half(&self, _: usize, _: Range<usize>) -> Option<&[u16]> {
+            None
+        }
+        fn widen(&self, _: Kernels, head: usize, p: Range<usize>, out: &mut [f32]) {
+            let Self(data, capacity, dim) = self;
+            out.copy_from_slice(&data[(head * capacity + p.start) * dim..][..p.len() * dim]);
+        }
+    }
+
+    fn naive(shape: Shape, q: &[f32], k: &Plain, v: &Plain, rows: usize) -> Vec<f32> {
+        let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let mut out = vec![0.0; rows * shape.heads * d];
+        for t in 0..rows {
+            for h in 0..shape.heads {
+                let at = |c: &Plain, p: usize, i: usize| f64::from(c.0[(h / group * c.1 + p) * d + i]);
+                let query = |i| f64::from(q[(t * shape.heads + h) * d + i]);
+                let scores: Vec<f64> = (0..=shape.first + t)
+                    .map(|p| (0..d).map(|i| query(i) * at(k, p, i)).sum::<f64>() / (d as f64).sqrt())
+                    .collect();
+                let max = scores.iter().copied().fold(f64::MIN, f64::max);
+                let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+                for i in 0..d {
+                    let o: f64 = scores.iter().enumerate().map(|(p, s)| (s - max).exp() / sum * at(v, p, i)).sum();
+                    out[(t * shape.heads + h) * d + i] = o as f32;
+                }
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn equals_the_naive_formula_for_prompts_and_single_tokens() {
+        let mut state = 1u32;
+        let mut random = |n: usize| -> Vec<f32> {
+            (0..n)
+                .map(|_| {
+                    state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                    (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+                })
+                .collect()
+        };
+        for threads in [1, 3] {
+            let team = Team::new(threads).unwrap();
+            for kernels in Kernels::available() {
+                let on = Compute { team: &team, kernels };
+                for (heads, kv_heads, dim, first, rows) in
+                    [(3, 1, 16, 0, 1), (4, 4, 32, 300, 1), (6, 2, 64, 0, 150), (9, 3, 64, 127, 40), (2, 1, 8, 5, 3)]
+                {
+                    let shape = Shape { heads, kv_heads, head_dim: dim, first };
+                    let capacity = first + rows + 7;
+                    let k = Plain(random(kv_heads * capacity * dim), capacity, dim);
+                    let v = Plain(random(kv_heads * capacity * dim), capacity, dim);
+                    let q = random(rows * heads * dim);
+                    let mut out = vec![0.0; q.len()];
+                    let mut scratch: Vec<_> = (0..threads).map(|_| AttentionScratch::default()).collect();
+                    attention(on, shape, (&q, heads * dim), &k, &v, &mut out, &mut scratch);
+                    let want = naive(shape, &q, &k, &v, rows);
+                    let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                    assert!(worst < 1e-5, "{kernels:?} {shape:?} {rows}: {worst}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Matrix products: `out = W x` for weights in place and one or many rows of activations.
+//!
+//! A matrix is cut into chunks of rows (columns of `out`), which the team claims one at a time. With
+//! one or a few rows of activations a chunk streams its weights once through the `dot` kernel, which
+//! memory bounds; with many it unpacks panels of 32 rows and multiplies them with all rows of
+//! activations, which arithmetic bounds.
+
+use super::{Compute, Inputs};
+use crate::gguf::GgmlType;
+use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel};
+use crate::quant::{self, Matrix};
+use crate::threads::Tile;
+
+/// From so many rows of activations on, unpacking a panel costs less than it saves.
+const GEMM_ROWS: usize = 5;
+/// Least rows of a chunk when decoding: a few cache lines of output, tens of KiB of weights.
+const MIN_CHUNK: usize = 16;
+/// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
+const CHUNKS_A_THREAD: usize = 6;
+
+/// What happens to a product.
+#[derive(Clone, Copy)]
+pub enum Epilogue<'a> {
+    /// `out = W x`
+    Store,
+    /// `out = W x + bias`; a bias for each output (an empty one: none).
+    Bias(&'a [f32]),
+    /// `out += W x`: the residual add.
+    Add,
+}
+
+/// A thread's buffers.
+#[derive(Default)]
+pub struct MatmulScratch {
+    panel: Panel,
+    acc: Vec<f32>,
+    up: Vec<f32>,
+    wide: Vec<f32>,
+}
+
+impl MatmulScratch {
+    /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
+    pub fn with_capacity(rows: usize, outputs: usize) -> Self {
+        let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * GEMM_ROWS);
+        Self { panel: Panel::default(), acc: vec![0.0; n], up: vec![0.0; n], wide: Vec::new() }
+    }
+}
+
+fn chunk_rows(on: Compute<'_>, rows: usize, outputs: usize) -> usize {
+    if rows >= GEMM_ROWS {
+        return PANEL_ROWS;
+    }
+    outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD).next_multiple_of(4).max(MIN_CHUNK)
+}
+
+/// `out[t] = [W0; W1; ...] x[t]`: the rows of the stacked matrices, one under the other.
+///
+/// `out` is row-major with as many columns as the matrices have rows together. All matrices have as
+/// many columns as `x`.
+pub fn matmul(
+    on: Compute<'_>,
+    stack: &[Matrix<'_>],
+    x: &Inputs,
+    epilogue: Epilogue<'_>,
+    out: &mut [f32],
+    scratch: &mut [MatmulScratch],
+) {
+    let outputs: usize = stack.iter().map(|m| m.rows_len()).sum();
+    let chunk = chunk_rows(on, x.rows, outputs);
+    on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
+        let mut first = 0;
+        for matrix in stack {
+            let (from, to) = (tile.cols().start.max(first), tile.cols().end.min(first + matrix.rows_len()));
+            if from < to {
+                let at = from - tile.cols().start;
+                product(on, matrix, from - first..to - first, x, scratch);
+                store(&mut tile, at, to - from, epilogue, &scratch.acc);
+            }
+            first += matrix.rows_len();
+        }
+    });
+}
+
+/// `out[t] = silu(gate x[t]) * (up x[t])` (Shazeer 2020): both matrices in one pass.
+pub fn matmul_swiglu(
+    on: Compute<'_>,
+    gate: Matrix<'_>,
+    up: Matrix<'_>,
+    x: &Inputs,
+    out: &mut [f32],
+    scratch: &mut [MatmulScratch],
+) {
+    let outputs = gate.rows_len();
+    let chunk = chunk_rows(on, x.rows, outputs);
+    on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
+        let n = tile.cols().len();
+        product(on, &up, tile.cols(), x, scratch);
+        std::mem::swap(&mut scratch.acc, &mut scratch.up);
+        product(on, &gate, tile.cols(), x, scratch);
+        let stride = acc_stride(x.rows, n);
+        for t in tile.rows() {
+            let gate = &mut scratch.acc[t * stride..][..n];
+            on.kernels.silu_mul(gate, &scratch.up[t * stride..][..n]);
+            tile.row(t).copy_from_slice(gate);
+        }
+    });
+}
+
+/// Columns of a row of `acc`.
+fn acc_stride(rows: usize, n: usize) -> usize {
+    if rows >= GEMM_ROWS { PANEL_ROWS } else { n }
+}
+
+fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
+    let (stride, first) = (acc_stride(tile.rows().len(), n), tile.cols().start + at);
+    for t in tile.rows() {
+        let (out, acc) = (&mut tile.row(t)[at..at + n], &acc[t * stride..][..n]);
+        match epilogue {
+            Epilogue::Store | Epilogue::Bias([]) => out.copy_from_slice(acc),
+            Epilogue::Bias(bias) => {
+                for ((out, acc), bias) in out.iter_mut().zip(acc).zip(&bias[first..][..n]) {
+                    *out = acc + bias;
+                }
+            }
+            Epilogue::Add => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
+        }
+    }
+}
+
+/// `acc[t][r] = W[rows][r] . x[t]`, rows of `acc` as [`acc_stride`] says.
+fn product(on: Compute<'_>, w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Inputs, scratch: &mut MatmulScratch) {
+    let (n, stride) = (rows.len(), acc_stride(x.rows, rows.len()));
+    if scratch.acc.len() < x.rows * stride {
+        scratch.acc.resize(x.rows * stride, 0.0);
+        scratch.up.resize(x.rows * stride, 0.0);
+    }
+    let acc = &mut scratch.acc[..x.rows * stride];
+    let weights = w.rows(rows);
+    match (quant::is_quantised(w.ty()), x.rows >= GEMM_ROWS) {
+        (true, false) => {
+            for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
+                on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
+            }
+        }
+        (false, false) => {
+            for (x, acc) in x.values().chunks_exact(x.cols).zip(acc.chunks_exact_mut(n)) {
+                on.kernels.dot_float(w.ty(), weights, x, acc);
+            }
+        }
+        (true, true) => {
+            acc.fill(0.0);
+            for from in (0..x.cols).step_by(PANEL_COLS) {
+                let cols = from..(from + PANEL_COLS).min(x.cols);
+                on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, &mut scratch.panel);
+                on.kernels.gemm(&scratch.panel, x.q8.from_col(from), acc);
+            }
+        }
+        (false, true) => float_product(on, w.ty(), weights, n, x, &mut scratch.wide, acc),
+    }
+}
+
+/// Unquantised weights: a tile widened to f32 and multiplied by the `gemm` crate.
+fn float_product(
+    on: Compute<'_>,
+    ty: GgmlType,
+    weights: &[u8],
+    n: usize,
+    x: &Inputs,
+    wide: &mut Vec<f32>,
+    acc: &mut [f32],
+) {
+    if wide.len() < PANEL_ROWS * x.cols {
+        wide.resize(PANEL_ROWS * x.cols, 0.0);
+    }
+    let wide = &mut wide[..n * x.cols];
+    for (row, wide) in weights.chunks_exact(ty.row_bytes(x.cols)).zip(wide.chunks_exact_mut(x.cols)) {
+        quant::dequantize_row(ty, row, wide);
+    }
+    let a = crate::kernels::gemm_f32::View::rows(x.values(), x.cols);
+    let b = crate::kernels::gemm_f32::View::rows(wide, x.cols).transposed();
+    on.kernels.gemm_f32(a, b, 0.0, acc, PANEL_ROWS);
+}

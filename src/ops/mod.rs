@@ -1,0 +1,93 @@
+//! Safe, parallel operations on rows of activations: what a forward pass is written in.
+//!
+//! Each takes the [`Team`] and the [`Kernels`] and splits its work into tiles. What a tile computes
+//! does not depend on the number of threads, so neither do the results.
+
+pub mod attention;
+mod matmul;
+mod norm;
+mod rope;
+
+pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu};
+pub use norm::{add_rows, rms_norm};
+pub use rope::{RopeStyle, RopeTable};
+
+use crate::kernels::{Activations, Kernels};
+use crate::threads::Team;
+
+/// What every operation needs: who does the work, and with which instructions.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct Compute<'a> {
+    pub team: &'a Team,
+    pub kernels: Kernels,
+}
+
+/// Rows of activations in both forms that matrices are multiplied with.
+#[derive(Default)]
+pub struct Inputs {
+    rows: usize,
+    cols: usize,
+    f32: Vec<f32>,
+    q8: Activations,
+}
+
+impl Inputs {
+    /// Room for `rows` rows of `cols` columns; smaller shapes allocate nothing later.
+    pub fn with_capacity(rows: usize, cols: usize) -> Self {
+        let mut inputs = Self::default();
+        inputs.reshape(rows, cols);
+        inputs
+    }
+
+    /// Makes this `rows x cols`; the contents are to be written anew.
+    pub fn reshape(&mut self, rows: usize, cols: usize) {
+        (self.rows, self.cols) = (rows, cols);
+        if self.f32.len() < rows * cols {
+            self.f32.resize(rows * cols, 0.0);
+        }
+        self.q8.reshape(rows, cols);
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// The unquantised rows.
+    pub fn values(&self) -> &[f32] {
+        &self.f32[..self.rows * self.cols]
+    }
+
+    /// The unquantised rows, to be written before [`quantize`](Self::quantize).
+    pub fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.f32[..self.rows * self.cols]
+    }
+
+    /// Quantises what was written to [`values_mut`](Self::values_mut).
+    pub fn quantize(&mut self, on: Compute<'_>) {
+        self.fill(on, |_, _| {});
+    }
+
+    /// Writes each row with `write(row, values)` and quantises it.
+    pub fn fill(&mut self, on: Compute<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
+        let (rows, cols) = (self.rows, self.cols);
+        if rows == 1 {
+            // Decoding: not worth waking anybody, and nothing is allocated.
+            let values = &mut self.f32[..cols];
+            write(0, values);
+            on.kernels.quantize(values, self.q8.row_mut(0));
+            return;
+        }
+        let values = self.f32.chunks_mut(cols).take(rows);
+        let mut views: Vec<_> = values.zip(self.q8.rows_mut()).map(Some).collect();
+        on.team.for_plain_tiles(&mut views, 1, (4, 1), |mut tile| {
+            for r in tile.rows() {
+                if let Some((values, q8)) = tile.row(r)[0].take() {
+                    write(r, values);
+                    on.kernels.quantize(values, q8);
+                }
+            }
+        });
+    }
+}

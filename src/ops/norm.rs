@@ -1,0 +1,28 @@
+//! RMSNorm and residual adds.
+
+use super::{Compute, Inputs};
+
+/// `out[i] = x[rows[i]] / rms(x[rows[i]]) * weight`, quantised too (Zhang and Sennrich 2019).
+///
+/// `x` holds rows of `weight.len()` columns.
+pub fn rms_norm(on: Compute<'_>, x: &[f32], rows: &[usize], weight: &[f32], eps: f32, out: &mut Inputs) {
+    let cols = weight.len();
+    out.reshape(rows.len(), cols);
+    out.fill(on, |i, out| {
+        let x = &x[rows[i] * cols..][..cols];
+        let mean_square = on.kernels.dot_f32(x, x) / cols as f32;
+        let inverse = 1.0 / (mean_square + eps).sqrt();
+        for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+            *out = x * inverse * w;
+        }
+    });
+}
+
+/// `x[rows[i]] += y[i]`, rows of `cols` columns.
+pub fn add_rows(x: &mut [f32], rows: &[usize], y: &[f32], cols: usize) {
+    for (&r, y) in rows.iter().zip(y.chunks_exact(cols)) {
+        for (x, y) in x[r * cols..][..cols].iter_mut().zip(y) {
+            *x += y;
+        }
+    }
+}
