@@ -1,0 +1,67 @@
+//! FFN skipping: policies that decide, token by token and layer by layer, whether an FFN runs.
+//!
+//! A policy belongs to one sequence. The forward pass asks [`SkipPolicy::decide`] before each FFN and
+//! reports the cosine of the residual stream before and after those that ran; nothing else in the
+//! model knows about skipping. Attention always runs, so every token has keys and values in every
+//! layer (FFN-SkipLLM, Jaiswal et al., EMNLP 2024, arXiv 2404.03865).
+
+mod ffn_skip;
+mod options;
+mod stats;
+
+pub use ffn_skip::FfnSkip;
+pub use options::{SkipError, SkipMode, SkipOptions};
+pub use stats::SkipStats;
+
+/// Whether an FFN runs for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// At full strength.
+    Run,
+    /// Not at all: the residual stream passes unchanged, and the weights are not read.
+    Skip,
+}
+
+/// Decides about the FFNs of one sequence.
+pub trait SkipPolicy: Send {
+    /// Short name, as `--skip` takes it.
+    fn name(&self) -> &'static str;
+
+    /// The next token begins. `index` counts the tokens that the policy governs: the generated ones,
+    /// or all of the sequence where the prompt is included.
+    fn begin_token(&mut self, index: usize);
+
+    /// Whether the FFN of `layer` runs for the current token. Called once a layer, in order.
+    fn decide(&mut self, layer: usize) -> Decision;
+
+    /// Reports `cos(h, h + FFN(norm(h)))` of an FFN that ran; only called if [`observes`](Self::observes).
+    fn observe(&mut self, _layer: usize, _cosine: f32) {}
+
+    /// Whether the policy wants cosines: measuring costs a little.
+    fn observes(&self) -> bool {
+        false
+    }
+
+    /// Back to the state at the start of a sequence.
+    fn reset(&mut self) {}
+
+    /// A copy with the same state: rows of one step are governed side by side.
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy>;
+}
+
+/// Every FFN runs: bit-identical to having no policy.
+#[derive(Clone, Debug, Default)]
+pub struct Never;
+
+impl SkipPolicy for Never {
+    fn name(&self) -> &'static str {
+        "off"
+    }
+    fn begin_token(&mut self, _: usize) {}
+    fn decide(&mut self, _: usize) -> Decision {
+        Decision::Run
+    }
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}

@@ -1,0 +1,93 @@
+//! What was skipped, and what the cosines were.
+
+/// Counts of a sequence (or of several, added up), by layer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SkipStats {
+    layers: Vec<Layer>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Layer {
+    ran: u64,
+    skipped: u64,
+    cosine_sum: f64,
+    cosines: u64,
+}
+
+impl SkipStats {
+    /// For a model of `layers` layers.
+    pub fn new(layers: usize) -> Self {
+        Self { layers: vec![Layer::default(); layers] }
+    }
+
+    /// An FFN ran for `rows` tokens.
+    pub fn ran(&mut self, layer: usize, rows: u64) {
+        self.layers[layer].ran += rows;
+    }
+
+    /// An FFN was skipped for `rows` tokens.
+    pub fn skipped(&mut self, layer: usize, rows: u64) {
+        self.layers[layer].skipped += rows;
+    }
+
+    /// The cosine of an FFN that ran.
+    pub fn cosine(&mut self, layer: usize, cosine: f32) {
+        let layer = &mut self.layers[layer];
+        if cosine.is_finite() {
+            layer.cosine_sum += f64::from(cosine);
+            layer.cosines += 1;
+        }
+    }
+
+    /// Adds the counts of another run of the same model.
+    pub fn add(&mut self, other: &Self) {
+        self.layers.resize(self.layers.len().max(other.layers.len()), Layer::default());
+        for (a, b) in self.layers.iter_mut().zip(&other.layers) {
+            a.ran += b.ran;
+            a.skipped += b.skipped;
+            a.cosine_sum += b.cosine_sum;
+            a.cosines += b.cosines;
+        }
+    }
+
+    /// Share of FFN blocks skipped, 0 to 1. All blocks of a model are of one size, so this is the share
+    /// of FFN weight bytes too where one token is decoded at a time.
+    pub fn share(&self) -> f64 {
+        let skipped: u64 = self.layers.iter().map(|l| l.skipped).sum();
+        let all: u64 = self.layers.iter().map(|l| l.ran + l.skipped).sum();
+        if all == 0 { 0.0 } else { skipped as f64 / all as f64 }
+    }
+
+    /// Share of FFN blocks skipped in each layer, 0 to 1.
+    pub fn share_by_layer(&self) -> Vec<f64> {
+        let share = |l: &Layer| l.skipped as f64 / (l.ran + l.skipped).max(1) as f64;
+        self.layers.iter().map(share).collect()
+    }
+
+    /// Mean cosine in each layer, of the FFNs that ran and were measured.
+    pub fn mean_cosines(&self) -> Vec<Option<f64>> {
+        self.layers.iter().map(|l| (l.cosines > 0).then(|| l.cosine_sum / l.cosines as f64)).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_and_means() {
+        let mut stats = SkipStats::new(2);
+        assert_eq!(stats.share(), 0.0);
+        stats.ran(0, 3);
+        stats.skipped(1, 1);
+        stats.cosine(0, 0.5);
+        stats.cosine(0, 1.0);
+        stats.cosine(0, f32::NAN);
+        assert_eq!(stats.share(), 0.25);
+        assert_eq!(stats.share_by_layer(), [0.0, 1.0]);
+        assert_eq!(stats.mean_cosines(), [Some(0.75), None]);
+        let mut twice = stats.clone();
+        twice.add(&stats);
+        assert_eq!(twice.share(), 0.25);
+    }
+}
