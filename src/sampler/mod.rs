@@ -1,1 +1,5 @@
-//! sampler (under construction).
+//! Logits to token ids.
+
+mod stop;
+
+pub use stop::{StopMatcher, StopStep};
