@@ -1,8 +1,9 @@
 //! Logits to token ids.
 //!
 //! A [`Sampler`] biases and penalises the logits, narrows the choice stage by stage, and draws from
-//! what is left, with the stages, order and defaults of llama.cpp. A [`StopMatcher`] runs on the text
-//! after it.
+//! what is left, with the stages, order and defaults of llama.cpp. A [`Constraint`] runs before it and
+//! bans the tokens that a JSON schema or grammar does not allow; a [`StopMatcher`] runs on the
+//! text after it.
 //!
 //! ```
 //! use skiff::sampler::{Sampler, SamplerOptions};
@@ -17,6 +18,7 @@
 //! ```
 
 mod candidates;
+mod constraint;
 mod dry;
 mod logprobs;
 mod options;
@@ -28,6 +30,7 @@ mod truncate;
 #[cfg(test)]
 mod tests;
 
+pub use constraint::{Constraint, ConstraintError, TokenTable};
 pub use dry::resolve_breakers;
 pub use logprobs::{logprob, logprobs};
 pub use options::{SamplerError, SamplerOptions, Stage};
