@@ -33,6 +33,25 @@ const STAY_AWAKE: Duration = Duration::from_micros(1500);
 /// Largest number of chunks in one operation: the claim word has 16 bits for it.
 const MAX_CHUNKS: usize = u16::MAX as usize;
 
+/// Threads to use by default: the physical cores that this process may run on.
+///
+/// Sibling hardware threads share the units that the kernels keep busy, so they are not counted; the
+/// affinity mask and the cgroup's CPU quota are respected.
+pub fn default_threads() -> usize {
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    physical_cores().map_or(allowed, |cores| allowed.min(cores)).max(1)
+}
+
+/// Distinct sets of sibling hardware threads, where the system tells.
+pub fn physical_cores() -> Option<usize> {
+    let cpus = std::fs::read_dir("/sys/devices/system/cpu").ok()?;
+    let siblings = cpus.flatten().filter_map(|cpu| {
+        std::fs::read_to_string(cpu.path().join("topology/thread_siblings_list")).ok()
+    });
+    let cores: std::collections::HashSet<String> = siblings.collect();
+    (!cores.is_empty()).then_some(cores.len())
+}
+
 /// A job runs chunk `chunk` on worker `worker`.
 type Job<'a> = &'a (dyn Fn(usize, usize) + Sync + 'a);
 

@@ -1,0 +1,82 @@
+//! A LLaMA-family model: typed config, named weights, forward pass, KV cache.
+//!
+//! [`Model::load`] checks every tensor against the shape that the config demands; after that nothing
+//! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
+
+mod config;
+mod error;
+mod forward;
+mod kv;
+mod layers;
+mod state;
+
+use std::path::Path;
+
+pub use config::{Architecture, Config, RopeConfig};
+pub use error::ModelError;
+pub use kv::{KvCache, KvType};
+pub use layers::{Attention, Ffn, Layer};
+pub use state::{FfnStep, State};
+
+use crate::weights::{Tensor, Weights};
+
+/// A model whose weights are mapped. Shared by any number of sequences.
+pub struct Model {
+    config: Config,
+    weights: Weights,
+    /// `[vocab, embedding]`
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    output_norm: Vec<f32>,
+    /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
+    output: Tensor,
+    /// Angle per position of each pair of a head's rotated elements.
+    rope_frequencies: Vec<f32>,
+}
+
+impl Model {
+    /// Maps the model at `path` (a GGUF file, or the first of a split one).
+    ///
+    /// # Errors
+    /// The file is unreadable or malformed, its architecture is not known, or a key or tensor is
+    /// missing or has another shape than the config demands; the error names it.
+    pub fn load(path: &Path) -> Result<Self, ModelError> {
+        let weights = Weights::open(path)?;
+        let config = Config::read(&weights)?;
+        let (d, vocab) = (config.embedding, config.vocab);
+        let embedding = weights.tensor("token_embd.weight", vocab, d)?;
+        let output = weights.opt_tensor("output.weight", vocab, d)?.unwrap_or_else(|| embedding.clone());
+        let output_norm = weights.vector("output_norm.weight", d)?;
+        let layers = (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
+        let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
+        let rope_frequencies = config.rope.frequencies(factors.as_deref());
+        Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies })
+    }
+
+    /// Shapes and constants.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The files.
+    pub fn weights(&self) -> &Weights {
+        &self.weights
+    }
+
+    /// The layers, in order.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// Weight bytes that decoding a token reads: every matrix once, and one row of the embedding
+    /// (all of it where it is the output matrix too).
+    pub fn decode_bytes(&self) -> u64 {
+        let layers: usize = self.layers.iter().map(|l| l.attention.bytes() + l.ffn.bytes()).sum();
+        (layers + self.output.bytes()) as u64
+    }
+
+    /// Weight bytes of all FFNs.
+    pub fn ffn_bytes(&self) -> u64 {
+        self.layers.iter().map(|l| l.ffn.bytes() as u64).sum()
+    }
+}

@@ -1,0 +1,29 @@
+//! Why a model cannot be run.
+
+use crate::kernels::KernelError;
+use crate::skip::SkipError;
+use crate::weights::WeightsError;
+
+/// Errors of loading a model or running a step.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ModelError {
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    #[error(transparent)]
+    Metadata(#[from] crate::gguf::Error),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Skip(#[from] SkipError),
+    #[error("architecture {found:?} is not supported; skiff runs {known}")]
+    Architecture { found: String, known: &'static str },
+    #[error("key {key:?} is {found}, expected {expected}")]
+    Config { key: String, found: String, expected: &'static str },
+    #[error("token id {id} at position {position} is outside the vocabulary of {vocab}")]
+    TokenId { id: u32, position: usize, vocab: usize },
+    #[error("the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)")]
+    ContextFull { needed: usize, context: usize },
+    #[error("the threads cannot be started: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}

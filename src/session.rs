@@ -1,0 +1,385 @@
+//! A sequence in progress: tokens in, an iterator of tokens out. All mutable state meets here.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::gguf::Metadata;
+use crate::kernels::Kernels;
+use crate::model::{FfnStep, KvType, Model, ModelError, State};
+use crate::ops::Compute;
+use crate::sampler::{Constraint, ConstraintError, Sampler, StopMatcher, TokenTable};
+use crate::skip::{SkipOptions, SkipStats};
+use crate::threads::Team;
+use crate::tokenizer::{Detokenizer, Tokenizer, TokenizerError};
+
+/// A loaded model with what is needed to run it. Sessions borrow it.
+pub struct Engine {
+    model: Arc<Model>,
+    tokenizer: Tokenizer,
+    team: Team,
+    kernels: Kernels,
+    table: std::sync::OnceLock<TokenTable>,
+}
+
+/// Errors of a session.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SessionError {
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
+    #[error("the prompt is empty: there is nothing to continue")]
+    EmptyPrompt,
+    #[error("the tokenizer has {tokenizer} tokens, the embedding {embedding}")]
+    Vocabulary { tokenizer: usize, embedding: usize },
+}
+
+impl Engine {
+    /// Loads the model at `path`. `threads`: default, the physical cores; `kernel`: default, the best.
+    pub fn load(path: &Path, threads: Option<usize>, kernel: Option<&str>) -> Result<Self, SessionError> {
+        let kernels = Kernels::select(kernel).map_err(ModelError::from)?;
+        let team = Team::new(threads.unwrap_or_else(crate::threads::default_threads)).map_err(ModelError::from)?;
+        let model = Model::load(path)?;
+        let tokenizer = Tokenizer::from_gguf(model.weights().metadata())?;
+        // Some embeddings are padded with rows that no token has; the other way round is an error.
+        if tokenizer.vocab_size() > model.config().vocab {
+            let embedding = model.config().vocab;
+            return Err(SessionError::Vocabulary { tokenizer: tokenizer.vocab_size(), embedding });
+        }
+        Ok(Self { model: Arc::new(model), tokenizer, team, kernels, table: Default::default() })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Its tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The metadata of its file.
+    pub fn metadata(&self) -> &Metadata {
+        self.model.weights().metadata()
+    }
+
+    /// The threads.
+    pub fn team(&self) -> &Team {
+        &self.team
+    }
+
+    /// The kernels in use.
+    pub fn kernels(&self) -> Kernels {
+        self.kernels
+    }
+
+    /// What operations run with.
+    pub fn compute(&self) -> Compute<'_> {
+        Compute { team: &self.team, kernels: self.kernels }
+    }
+
+    /// The vocabulary in the form that [`Constraint`] takes; built on first use, which takes a moment.
+    pub fn token_table(&self) -> Result<&TokenTable, ConstraintError> {
+        if let Some(table) = self.table.get() {
+            return Ok(table);
+        }
+        let t = &self.tokenizer;
+        let ids = 0..t.vocab_size() as u32;
+        let tokens = ids.clone().map(|id| (t.token_bytes(id).to_vec(), t.is_control(id))).collect();
+        let ends: Vec<u32> = ids.filter(|&id| t.is_end_of_generation(id)).collect();
+        let table = TokenTable::with_ends(tokens, &ends)?;
+        Ok(self.table.get_or_init(|| table))
+    }
+}
+
+/// How a session runs.
+#[derive(Clone, Debug)]
+pub struct SessionOptions {
+    /// Positions; `None`: what the model was trained for, at most 8192.
+    pub context: Option<usize>,
+    /// Prompt tokens evaluated at a time.
+    pub batch: usize,
+    /// How keys and values are stored.
+    pub kv: KvType,
+    /// FFN skipping.
+    pub skip: SkipOptions,
+    /// When the context is full, drop the older half instead of stopping.
+    pub context_shift: bool,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        Self { context: None, batch: 512, kv: KvType::F16, skip: SkipOptions::default(), context_shift: false }
+    }
+}
+
+/// Largest context that is taken unasked: its cache fits a small machine.
+const DEFAULT_CONTEXT: usize = 8192;
+/// First tokens that a context shift keeps (attention sinks, Xiao et al. 2023).
+const SHIFT_KEEP: usize = 4;
+
+/// A sequence in progress.
+pub struct Session<'e> {
+    engine: &'e Engine,
+    state: State,
+    options: SessionOptions,
+    /// Tokens in the cache.
+    tokens: Vec<u32>,
+    /// Tokens that the skip policy has governed.
+    governed: usize,
+    times: Times,
+}
+
+/// Tokens and time of a session, prompt and generation apart.
+#[derive(Clone, Copy, Debug, Default)]
+#[allow(missing_docs)]
+pub struct Times {
+    pub prompt_tokens: usize,
+    pub prompt_time: Duration,
+    pub generated_tokens: usize,
+    pub generation_time: Duration,
+}
+
+impl<'e> Session<'e> {
+    /// An empty sequence.
+    pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Self, SessionError> {
+        let config = engine.model.config();
+        let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
+        let policy = options.skip.policy(config.layers).map_err(ModelError::from)?;
+        let state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
+        Ok(Self { engine, state, options, tokens: Vec::with_capacity(context), governed: 0, times: Times::default() })
+    }
+
+    /// The engine.
+    pub fn engine(&self) -> &'e Engine {
+        self.engine
+    }
+
+    /// Tokens in the cache.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Positions.
+    pub fn context(&self) -> usize {
+        self.state.context()
+    }
+
+    /// Tokens and times so far.
+    pub fn times(&self) -> Times {
+        self.times
+    }
+
+    /// What was skipped so far.
+    pub fn skip_stats(&self) -> &SkipStats {
+        self.state.stats()
+    }
+
+    /// The state, for evaluations that look inside.
+    pub fn state_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+
+    /// Forgets all tokens from `position` on.
+    pub fn truncate(&mut self, position: usize) {
+        self.state.truncate(position);
+        self.tokens.truncate(position);
+        if position == 0 {
+            self.governed = 0;
+        }
+    }
+
+    /// Evaluates a prompt (more tokens of it), in batches. `progress(done, total)` is called after each;
+    /// when it returns false, evaluation stops there.
+    pub fn prompt(
+        &mut self,
+        tokens: &[u32],
+        mut progress: impl FnMut(usize, usize) -> bool,
+    ) -> Result<(), SessionError> {
+        let started = Instant::now();
+        let mut done = 0;
+        for batch in tokens.chunks(self.state.batch()) {
+            self.make_room(batch.len())?;
+            let step = match self.options.skip.prefill {
+                true => FfnStep::Governed { index: self.governed },
+                false => FfnStep::Full,
+            };
+            self.step(batch, step)?;
+            done += batch.len();
+            self.times.prompt_tokens += batch.len();
+            if !progress(done, tokens.len()) {
+                break;
+            }
+        }
+        self.times.prompt_time += started.elapsed();
+        Ok(())
+    }
+
+    /// Evaluates one generated token.
+    pub fn push(&mut self, token: u32) -> Result<(), SessionError> {
+        self.make_room(1)?;
+        self.step(&[token], FfnStep::Governed { index: self.governed })
+    }
+
+    /// Logits after the last token, `[vocab]`; they may be changed.
+    pub fn logits(&mut self) -> Result<&mut [f32], SessionError> {
+        let last = self.state.last_row().ok_or(SessionError::EmptyPrompt)?;
+        Ok(self.engine.model.logits(self.engine.compute(), &mut self.state, last))
+    }
+
+    fn step(&mut self, tokens: &[u32], step: FfnStep) -> Result<(), SessionError> {
+        self.engine.model.forward(self.engine.compute(), &mut self.state, tokens, step)?;
+        self.tokens.extend_from_slice(tokens);
+        if step != FfnStep::Full {
+            self.governed += tokens.len();
+        }
+        Ok(())
+    }
+
+    /// With context shift, drops half of what is not kept when `n` tokens do not fit any more.
+    fn make_room(&mut self, n: usize) -> Result<(), SessionError> {
+        let (used, context) = (self.tokens.len(), self.context());
+        if !self.options.context_shift || used + n <= context || n + SHIFT_KEEP > context {
+            return Ok(());
+        }
+        let keep = SHIFT_KEEP.min(used);
+        let drop = ((used - keep) / 2).max(used + n - context).min(used - keep);
+        self.state.shift(&self.engine.model, self.engine.compute(), keep, drop)?;
+        self.tokens.drain(keep..keep + drop);
+        Ok(())
+    }
+
+    /// Generates up to `max` tokens after what is in the cache.
+    pub fn generate<'s>(&'s mut self, sampling: Sampling<'s>, max: usize) -> Generation<'s, 'e> {
+        let detokenizer = self.engine.tokenizer.detokenizer();
+        Generation { session: self, sampling, detokenizer, remaining: max, end: None, pending: None }
+    }
+}
+
+/// How the next token is chosen and when to stop.
+pub struct Sampling<'s> {
+    /// Logits to token; it must have accepted the prompt's tokens where penalties are to count them.
+    pub sampler: &'s mut Sampler,
+    /// Grammar that the output must follow.
+    pub constraint: Option<&'s mut Constraint>,
+    /// Strings that end the output; they are not part of it.
+    pub stop: StopMatcher,
+    /// Go on after an end-of-generation token.
+    pub ignore_eos: bool,
+}
+
+/// Why a generation ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum End {
+    /// An end-of-generation token (or the end of the grammar).
+    EndOfGeneration,
+    StopString,
+    /// As many tokens as asked for.
+    Length,
+    ContextFull,
+}
+
+/// A generated token and the text that it completed (none, while a character or a possible stop string
+/// is incomplete).
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Piece {
+    pub id: u32,
+    pub text: String,
+}
+
+/// An iterator of [`Piece`]s. Dropping it ends the generation; the session keeps what was evaluated.
+pub struct Generation<'s, 'e> {
+    session: &'s mut Session<'e>,
+    sampling: Sampling<'s>,
+    detokenizer: Detokenizer<'e>,
+    remaining: usize,
+    end: Option<End>,
+    /// Sampled, not evaluated yet: the last token of an answer need not be.
+    pending: Option<u32>,
+}
+
+impl Generation<'_, '_> {
+    /// Why the generation ended, once it has.
+    pub fn end(&self) -> Option<End> {
+        self.end
+    }
+
+    fn advance(&mut self) -> Result<Option<Piece>, SessionError> {
+        if self.end.is_some() {
+            return Ok(None);
+        }
+        if self.remaining == 0 {
+            return Ok(self.finish(End::Length, None));
+        }
+        let started = Instant::now();
+        if let Some(token) = self.pending.take() {
+            let full = self.session.tokens.len() >= self.session.context();
+            if full && !self.session.options.context_shift {
+                return Ok(self.finish(End::ContextFull, None));
+            }
+            self.session.push(token)?;
+        }
+        let id = self.sample()?;
+        self.session.times.generation_time += started.elapsed();
+        self.session.times.generated_tokens += 1;
+        self.remaining -= 1;
+        let ended = self.session.engine.tokenizer.is_end_of_generation(id);
+        if ended && !self.sampling.ignore_eos {
+            return Ok(self.finish(End::EndOfGeneration, Some(id)));
+        }
+        self.pending = Some(id);
+        let text = self.detokenizer.push(id);
+        let step = self.sampling.stop.push(&text);
+        let (text, stopped) = (step.emit.to_owned(), step.stopped.is_some());
+        if stopped {
+            self.end = Some(End::StopString);
+        }
+        Ok(Some(Piece { id, text }))
+    }
+
+    fn sample(&mut self) -> Result<u32, SessionError> {
+        let Sampling { sampler, constraint, .. } = &mut self.sampling;
+        let logits = self.session.logits()?;
+        if let Some(constraint) = constraint {
+            constraint.mask(logits)?;
+        }
+        let id = sampler.sample(logits);
+        sampler.accept(id);
+        if let Some(constraint) = constraint {
+            constraint.accept(id)?;
+        }
+        Ok(id)
+    }
+
+    /// Ends with what is still held back.
+    fn finish(&mut self, end: End, id: Option<u32>) -> Option<Piece> {
+        self.end = Some(end);
+        let rest = self.detokenizer.finish();
+        let step = self.sampling.stop.push(&rest);
+        let (mut text, stopped) = (step.emit.to_owned(), step.stopped.is_some());
+        if !stopped {
+            text.push_str(&self.sampling.stop.flush());
+        }
+        let id = id.or(self.pending)?;
+        (!text.is_empty()).then_some(Piece { id, text })
+    }
+}
+
+impl Iterator for Generation<'_, '_> {
+    type Item = Result<Piece, SessionError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let piece = self.advance();
+        if piece.is_err() {
+            self.end.get_or_insert(End::EndOfGeneration);
+        }
+        piece.transpose()
+    }
+}
