@@ -1,14 +1,16 @@
 //! skiff: LLaMA inference on CPUs, with adaptive FFN skipping.
 
 pub mod chat;
+pub mod eval;
 pub mod gguf;
 pub mod kernels;
+pub mod model;
+pub mod ops;
 pub mod pull;
 pub mod quant;
-pub mod weights;
-pub mod ops;
-pub mod skip;
-pub mod model;
 pub mod sampler;
+pub mod session;
+pub mod skip;
 pub mod threads;
 pub mod tokenizer;
+pub mod weights;
