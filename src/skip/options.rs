@@ -94,10 +94,7 @@ mod tests {
         assert_eq!(with(|o| o.threshold = Some(1.5)), Err(SkipError::Threshold { found: 1.5 }));
         assert!(with(|o| o.threshold = Some(f32::NAN)).is_err());
         assert_eq!(with(|o| o.k = Some(0)), Err(SkipError::K { found: 0, layers: 30 }));
-        assert_eq!(
-            with(|o| o.cold = Some((3, 31))),
-            Err(SkipError::Cold { start: 3, end: 31, layers: 30 })
-        );
+        assert_eq!(with(|o| o.cold = Some((3, 31))), Err(SkipError::Cold { start: 3, end: 31, layers: 30 }));
         assert!(SkipMode::from_name("ffnskip").is_err());
     }
 }
