@@ -275,8 +275,11 @@ macro_rules! dot_rows {
 #[target_feature(enable = "avx512f")]
 fn prefetch<const N: usize>(step: &[u8; N]) {
     let at = step.as_ptr().wrapping_add(AHEAD).cast();
+    #[allow(unused_unsafe)] // an unsafe function for older compilers
     // SAFETY: a prefetch of any address is allowed; it never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(at)
+    };
 }
 
 dot_rows!(dot_q4_0, 72, acts4::<3>, |b, a, acc| step4::<false>(&blocks::q4_0(b), a, acc));
