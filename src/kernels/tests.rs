@@ -334,8 +334,9 @@ fn extreme_products_are_exact() {
                 // All 127, all -127, and pairs of each sign.
                 let mut acts = Activations::with_capacity(7, cols);
                 for t in 0..7 {
-                    let sign =
-                        |i: usize| [false, true, i % 2 == 0, i % 4 < 2, i % 16 < 8, i % 32 < 16, i < 256][t];
+                    let sign = |i: usize| {
+                        [false, true, i.is_multiple_of(2), i % 4 < 2, i % 16 < 8, i % 32 < 16, i < 256][t]
+                    };
                     let x: Vec<f32> = (0..cols).map(|i| if sign(i) { -1.0 } else { 1.0 }).collect();
                     k.quantize(&x, acts.row_mut(t));
                     assert!(acts.row(t).q.iter().all(|q| q.abs() == 127));

@@ -13,8 +13,6 @@ use crate::kernels::Q8Row;
 /// Rows that go through the blocks together: they share the activations' rearrangement, and their
 /// independent sums hide the latency of the adds.
 pub(in crate::kernels::x86) const ROWS: usize = 4;
-/// Bytes to prefetch ahead in each row: about a memory latency at one core's bandwidth.
-const AHEAD: usize = 1024;
 
 /// Activations for a [`Four`]: bytes in the order of its `low` and `high`, in the first two lanes of
 /// each block's four its integer sum (`-zero * sum`, in two parts), and a lane a block its scale and
@@ -199,16 +197,17 @@ pub(in crate::kernels::x86) fn sum_lanes(v: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
-/// Prefetches the lines of what is one step of `N` bytes now and will be some steps later.
+/// Prefetches the lines of a step, `ahead` bytes on: into L2, since L1 may be smaller than the rows
+/// that are multiplied in between.
 #[inline]
 #[target_feature(enable = "sse")]
-pub(in crate::kernels::x86) fn prefetch<const N: usize>(step: &[u8; N]) {
+pub(in crate::kernels::x86) fn prefetch<const N: usize>(step: &[u8; N], ahead: usize) {
     for line in (0..N).step_by(64) {
-        let at = step.as_ptr().wrapping_add(AHEAD + line).cast();
+        let at = step.as_ptr().wrapping_add(ahead + line).cast();
         #[allow(unused_unsafe)] // an unsafe function for older compilers
         // SAFETY: a prefetch of any address is allowed; it never faults.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(at)
+            _mm_prefetch::<_MM_HINT_T1>(at)
         };
     }
 }
@@ -221,7 +220,7 @@ macro_rules! dot_rows {
         fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
             #[inline]
             #[target_feature(enable = $features)]
-            fn rows<const R: usize>(rows: [&[u8]; R], x: &Q8Row<'_>) -> [f32; R] {
+            fn rows<const R: usize>(rows: [&[u8]; R], row_bytes: usize, x: &Q8Row<'_>) -> [f32; R] {
                 let (steps, tails) =
                     (rows.map(|r| r.as_chunks::<$bytes>().0), rows.map(|r| r.as_chunks::<$bytes>().1));
                 let mut acc = [_mm256_setzero_ps(); R];
@@ -229,7 +228,9 @@ macro_rules! dot_rows {
                 for s in 0..n {
                     let a = $acts(x, s);
                     for r in 0..R {
-                        prefetch(&steps[r][s]);
+                        // The next rows lie behind these: fetched in the order of the file, so that
+                        // their beginnings, where every stream is new, do not wait for memory.
+                        prefetch(&steps[0][s], R * row_bytes + (s * (R - 1) + r) * $bytes);
                         acc[r] = $step(&steps[r][s], &a, acc[r]);
                     }
                 }
@@ -247,10 +248,10 @@ macro_rules! dot_rows {
             let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
             for (w, out) in groups {
                 if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), &x);
+                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), row_bytes, &x);
                 } else {
                     for (w, out) in w.chunks_exact(row_bytes).zip(out) {
-                        [*out] = rows([w], &x);
+                        [*out] = rows([w], row_bytes, &x);
                     }
                 }
             }
