@@ -174,7 +174,9 @@ fn alignment() {
     let with = |found: u32| Raw::header(3, 0, 1).key("general.alignment", ValueType::U32).u32(found);
     assert_eq!(with(4096).parse().unwrap().alignment, 4096);
     for bad in [0, 33, 1 << 21] {
-        assert!(matches!(with(bad).error(), Error::InvalidAlignment { found, .. } if found == bad.into()));
+        assert!(
+            matches!(with(bad).error(), Error::InvalidAlignment { found, .. } if found == u64::from(bad))
+        );
     }
 }
 

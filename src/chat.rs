@@ -1,1 +1,0 @@
-//! Messages to prompt text, by the model's chat template.
