@@ -1,0 +1,22 @@
+//! What several test files share.
+#![allow(dead_code)] // no test file uses all of it
+
+use std::path::PathBuf;
+
+/// The default model, pulled if need be. Where it cannot be had this says so loudly and returns `None`;
+/// `SKIFF_REQUIRE_MODEL=1` makes that a failure.
+pub fn smollm2() -> Option<PathBuf> {
+    match skiff::pull::resolve(Some("smollm2")) {
+        Ok(path) => Some(path),
+        Err(error) if std::env::var("SKIFF_REQUIRE_MODEL").is_ok_and(|v| v == "1") => {
+            panic!("SKIFF_REQUIRE_MODEL=1, but the model cannot be had: {error}")
+        }
+        Err(error) => {
+            // Straight to stderr: the test harness would swallow what `eprintln!` writes in a test that passes.
+            use std::io::Write;
+            let note = format!("\nSKIPPED: a test that needs the model smollm2: {error}\n");
+            let _ = std::io::stderr().write_all(note.as_bytes());
+            None
+        }
+    }
+}
