@@ -287,8 +287,9 @@ fn field_line(name: &str, value: &Json) -> String {
             parts.iter().map(|(part, value)| field_line(&format!("{name}.{part}"), value)).collect()
         }
         _ => {
-            let name = name.replace('_', " ");
-            format!("  {name:<26} {}\n", word(&name, value))
+            // Keys of the file are shown as they are.
+            let title = if name.starts_with("general.") { name.to_owned() } else { name.replace('_', " ") };
+            format!("  {title:<26} {}\n", word(name, value))
         }
     }
 }

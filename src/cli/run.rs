@@ -48,8 +48,8 @@ pub(super) struct RunArgs {
     /// Print the statistics as one line of JSON (on stderr)
     #[arg(long)]
     stats_json: bool,
-    /// Print nothing on stderr but errors
-    #[arg(short, long, conflicts_with = "stats_json")]
+    /// Print no progress and no statistics
+    #[arg(short, long)]
     quiet: bool,
     #[command(flatten)]
     engine: EngineArgs,
@@ -89,7 +89,7 @@ pub(super) fn run(args: &RunArgs) -> Outcome {
             put("\n")?;
         }
     }
-    if !args.quiet {
+    if !args.quiet || args.stats_json {
         let statistics = Statistics::of(&mut session, Some(sampler.seed()), ended, args.skip.skip_report);
         args.print(&statistics, ended, session.context())?;
     }
