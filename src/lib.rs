@@ -1,9 +1,11 @@
 //! skiff: LLaMA inference on CPUs, with adaptive FFN skipping.
 
 pub mod chat;
+pub mod cli;
 pub mod eval;
 pub mod gguf;
 pub mod kernels;
+pub mod machine;
 pub mod model;
 pub mod ops;
 pub mod pull;

@@ -15,6 +15,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("weights", &["gguf", "quant"]),
     ("kernels", &["gguf", "quant"]),
     ("threads", &[]),
+    ("machine", &["threads"]),
     ("ops", &["kernels", "threads", "quant", "gguf"]),
     ("skip", &["gguf"]),
     ("model", &["weights", "quant", "ops", "threads", "kernels", "skip", "gguf"]),

@@ -1,0 +1,402 @@
+//! Groups of flags that several commands share, and the options structs that they become.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::PossibleValuesParser;
+use clap::{Args, ValueEnum};
+
+use super::{Failure, note, text_or_file};
+use crate::kernels::Kernels;
+use crate::machine::Memory;
+use crate::model::{Config, KvType};
+use crate::pull;
+use crate::sampler::{
+    Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
+};
+use crate::session::{Engine, SessionOptions};
+use crate::skip::{SkipMode, SkipOptions};
+use crate::tokenizer::EncodeOptions;
+
+/// Which model.
+#[derive(Args)]
+pub(super) struct ModelArgs {
+    /// GGUF file (first shard of a split one), OWNER/NAME/FILE.gguf, or name [default: smollm2, pulled on first use]
+    #[arg(short, long, value_name = "MODEL", help_heading = "Model")]
+    pub model: Option<String>,
+}
+
+impl ModelArgs {
+    /// Where it lies; pulls it if need be.
+    pub fn resolve(&self) -> Result<PathBuf, Failure> {
+        Ok(pull::resolve(self.model.as_deref())?)
+    }
+}
+
+/// A model and what runs it.
+#[derive(Args)]
+pub(super) struct EngineArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// Threads [default: the physical cores that this process may use]
+    #[arg(short, long, value_name = "N", help_heading = "Model", value_parser = in_range(1, 1024))]
+    pub threads: Option<usize>,
+    /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
+    #[arg(long, value_name = "NAME", help_heading = "Model", value_parser = kernel_names())]
+    pub kernel: Option<String>,
+    /// How keys and values are kept; q8_0 takes 53 % of the memory
+    #[arg(long, value_name = "TYPE", help_heading = "Model", value_enum, default_value_t = KvArg::F16)]
+    pub kv: KvArg,
+}
+
+impl EngineArgs {
+    pub fn load(&self) -> Result<Engine, Failure> {
+        Ok(Engine::load(&self.model.resolve()?, self.threads, self.kernel.as_deref())?)
+    }
+}
+
+fn kernel_names() -> PossibleValuesParser {
+    PossibleValuesParser::new(Kernels::list().map(|(name, ..)| name))
+}
+
+/// A number from `low` to `high`.
+pub(super) fn in_range(low: usize, high: usize) -> impl Fn(&str) -> Result<usize, String> + Clone {
+    move |text| match text.parse() {
+        Ok(n) if (low..=high).contains(&n) => Ok(n),
+        _ => Err(format!("expected a number from {low} to {high}")),
+    }
+}
+
+/// `--kv`
+#[derive(Clone, Copy, ValueEnum)]
+pub(super) enum KvArg {
+    #[value(name = "f16")]
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+}
+
+impl From<KvArg> for KvType {
+    fn from(kv: KvArg) -> Self {
+        match kv {
+            KvArg::F16 => KvType::F16,
+            KvArg::Q8_0 => KvType::Q8_0,
+        }
+    }
+}
+
+/// Far beyond any model's, and far below what would overflow.
+pub(super) const MAX_CONTEXT: usize = 1 << 24;
+
+/// Room for the sequence.
+#[derive(Args)]
+pub(super) struct ContextArgs {
+    /// Tokens that fit, prompt and reply together [default: the model's own, at most 8192]
+    #[arg(short = 'c', long = "ctx-size", alias = "context", value_name = "N", help_heading = "Context", value_parser = in_range(2, MAX_CONTEXT))]
+    pub context: Option<usize>,
+    /// Prompt tokens evaluated at a time
+    #[arg(short, long = "batch-size", value_name = "N", help_heading = "Context", default_value_t = 512, value_parser = in_range(1, 4096))]
+    pub batch: usize,
+    /// Drop the older half when the context is full, instead of stopping
+    #[arg(long, help_heading = "Context")]
+    pub context_shift: bool,
+}
+
+impl ContextArgs {
+    pub fn options(&self, engine: &Engine, kv: KvArg, skip: &SkipArgs) -> Result<SessionOptions, Failure> {
+        let options = SessionOptions {
+            context: self.context,
+            batch: self.batch,
+            kv: kv.into(),
+            skip: skip.options(engine.model().config())?,
+            context_shift: self.context_shift,
+        };
+        if let Some(context) = self.context {
+            check_context(engine, context)?;
+        }
+        Ok(options)
+    }
+}
+
+/// Refuses a cache that this machine cannot hold: allocating it would end the process.
+pub(super) fn check_context(engine: &Engine, context: usize) -> Result<(), Failure> {
+    let config = engine.model().config();
+    let needed = [2, 2, config.layers, config.kv_dim(), context];
+    let needed = needed.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
+    let available = Memory::read().map_or(u64::MAX, |m| m.total);
+    if needed.is_none_or(|needed| needed > available) {
+        let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
+        let needed = needed.map_or("more".into(), gb);
+        return Err(Failure::Error(format!(
+            "-c {context}: the cache takes {needed} and this machine has {}",
+            gb(available)
+        )));
+    }
+    let trained = config.trained_context;
+    if context > trained {
+        note(&format!("warning: -c {context}: the model was trained for {trained} tokens"));
+    }
+    Ok(())
+}
+
+/// FFN skipping.
+#[derive(Args)]
+pub(super) struct SkipArgs {
+    /// Policy that decides which FFN blocks are skipped: off, ffn-skip
+    #[arg(long, value_name = "POLICY", help_heading = "Skipping", default_value = "off", value_parser = skip_mode)]
+    pub skip: SkipMode,
+    /// Cosine of the stream before and after an FFN from which the next ones are skipped [default: 0.98]
+    #[arg(long, value_name = "COSINE", help_heading = "Skipping", allow_negative_numbers = true)]
+    pub skip_threshold: Option<f32>,
+    /// FFNs that are skipped each time [default: 1]
+    #[arg(long, value_name = "K", help_heading = "Skipping")]
+    pub skip_k: Option<usize>,
+    /// Tokens that run in full first [default: 25]
+    #[arg(long, value_name = "N", help_heading = "Skipping")]
+    pub skip_warmup: Option<usize>,
+    /// First layer that may be skipped and the one after the last [default: all but the first and the last]
+    #[arg(long, value_name = "S,E", help_heading = "Skipping", value_parser = pair)]
+    pub skip_cold: Option<(usize, usize)>,
+    /// Skip in the prompt too, after the warm-up
+    #[arg(long, help_heading = "Skipping")]
+    pub skip_prefill: bool,
+    /// Print the share skipped in each layer
+    #[arg(long, help_heading = "Skipping")]
+    pub skip_report: bool,
+}
+
+impl SkipArgs {
+    /// The options, checked for the model they are for.
+    pub fn options(&self, config: &Config) -> Result<SkipOptions, Failure> {
+        let options = SkipOptions {
+            mode: self.skip,
+            threshold: self.skip_threshold,
+            k: self.skip_k,
+            warm_up: self.skip_warmup,
+            cold: self.skip_cold,
+            prefill: self.skip_prefill,
+        };
+        options.policy(config.layers).map_err(Failure::usage)?;
+        Ok(options)
+    }
+}
+
+fn skip_mode(name: &str) -> Result<SkipMode, String> {
+    SkipMode::from_name(name).map_err(|e| e.to_string())
+}
+
+fn pair(text: &str) -> Result<(usize, usize), String> {
+    let expected = || "expected two layers: S,E".to_owned();
+    let (start, end) = text.split_once(',').ok_or_else(expected)?;
+    match (start.trim().parse(), end.trim().parse()) {
+        (Ok(start), Ok(end)) => Ok((start, end)),
+        _ => Err(expected()),
+    }
+}
+
+/// How the next token is chosen.
+#[derive(Args)]
+#[command(next_help_heading = "Sampling", allow_negative_numbers = true)]
+pub(super) struct SamplingArgs {
+    /// Temperature; 0 always takes the most likely token
+    #[arg(long = "temp", alias = "temperature", value_name = "T", default_value_t = defaults().temperature)]
+    temperature: f32,
+    /// Keep the K most likely tokens; 0 keeps all
+    #[arg(long, value_name = "K", default_value_t = defaults().top_k)]
+    top_k: u32,
+    /// Keep the most likely tokens up to probability P; 1 keeps all
+    #[arg(long, value_name = "P", default_value_t = defaults().top_p)]
+    top_p: f32,
+    /// Keep tokens at least P times as likely as the best; 0 keeps all
+    #[arg(long, value_name = "P", default_value_t = defaults().min_p)]
+    min_p: f32,
+    /// Locally typical sampling; 1 keeps all
+    #[arg(long = "typical", alias = "typical-p", value_name = "P", default_value_t = defaults().typical_p)]
+    typical: f32,
+    /// Divide the logits of recent tokens; 1 does nothing
+    #[arg(long, value_name = "R", default_value_t = defaults().repeat_penalty)]
+    repeat_penalty: f32,
+    /// Recent tokens that the penalties look at; 0 none, -1 all
+    #[arg(long, value_name = "N", default_value_t = defaults().repeat_last_n)]
+    repeat_last_n: i32,
+    /// Subtracted from a token's logit for each recent occurrence
+    #[arg(long, value_name = "F", default_value_t = defaults().frequency_penalty)]
+    frequency_penalty: f32,
+    /// Subtracted from a token's logit once if it occurred
+    #[arg(long, value_name = "F", default_value_t = defaults().presence_penalty)]
+    presence_penalty: f32,
+    /// Strength of DRY, the penalty on repeated sequences; 0 is off
+    #[arg(long, value_name = "F", default_value_t = defaults().dry_multiplier)]
+    dry_multiplier: f32,
+    /// Growth of the DRY penalty with the length of the repeat
+    #[arg(long, value_name = "F", default_value_t = defaults().dry_base)]
+    dry_base: f32,
+    /// Repeats shorter than this are free
+    #[arg(long, value_name = "N", default_value_t = defaults().dry_allowed_length)]
+    dry_allowed_length: u32,
+    /// Recent tokens that DRY looks at; 0 none, -1 all
+    #[arg(long, value_name = "N", default_value_t = defaults().dry_penalty_last_n)]
+    dry_penalty_last_n: i32,
+    /// Text over which DRY follows no repeat (repeatable; replaces the default: newline : " *)
+    #[arg(long, value_name = "TEXT")]
+    dry_sequence_breaker: Vec<String>,
+    /// Add VALUE (or -inf) to the logit of token ID (repeatable)
+    #[arg(short = 'l', long, value_name = "ID=VALUE", value_parser = logit_bias)]
+    logit_bias: Vec<(u32, f32)>,
+    /// Stages in order, separated by `;` or `,` [default: penalties;dry;top_k;typ_p;top_p;min_p;temperature]
+    #[arg(long, value_name = "STAGES", value_parser = stages)]
+    samplers: Option<Stages>,
+    /// Seed of the random numbers [default: a fresh one]
+    #[arg(short, long, value_name = "N")]
+    seed: Option<u64>,
+    /// Text that ends the output and is not part of it (repeatable)
+    #[arg(long = "stop", short = 'r', alias = "reverse-prompt", value_name = "TEXT")]
+    stop: Vec<String>,
+    /// Go on after an end-of-generation token
+    #[arg(long)]
+    ignore_eos: bool,
+    #[command(flatten)]
+    constraint: ConstraintArgs,
+}
+
+fn defaults() -> SamplerOptions {
+    SamplerOptions::default()
+}
+
+/// A list of stages; clap would take a bare `Vec` for a repeatable flag.
+type Stages = Box<[Stage]>;
+
+fn stages(text: &str) -> Result<Stages, String> {
+    let names = text.split([';', ',']).map(str::trim).filter(|name| !name.is_empty());
+    names.map(|name| Stage::from_str(name).map_err(|e| e.to_string())).collect()
+}
+
+/// `ID=VALUE`, or llama.cpp's `ID+VALUE` and `ID-VALUE`.
+fn logit_bias(text: &str) -> Result<(u32, f32), String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (id, value) = text.split_at(digits);
+    let value = value.strip_prefix('=').unwrap_or(value);
+    match (id.parse(), value.parse()) {
+        (Ok(id), Ok(value)) => Ok((id, value)),
+        _ => Err("expected ID=VALUE, such as 42=-1.5 or 42=-inf".into()),
+    }
+}
+
+/// What the output must look like.
+#[derive(Args)]
+#[group(multiple = false)]
+struct ConstraintArgs {
+    /// Output valid under a JSON schema, given as text or @FILE
+    #[arg(short = 'j', long, value_name = "SCHEMA|@FILE", help_heading = "Constrained output")]
+    json_schema: Option<String>,
+    /// Output that is a JSON object
+    #[arg(long, help_heading = "Constrained output")]
+    json_object: bool,
+    /// Output that follows a Lark grammar, given as text or @FILE
+    #[arg(long, value_name = "GRAMMAR|@FILE", help_heading = "Constrained output")]
+    grammar: Option<String>,
+}
+
+impl SamplingArgs {
+    /// The sampler's options, checked.
+    pub fn options(&self) -> Result<SamplerOptions, Failure> {
+        let defaults = defaults();
+        let breakers = match self.dry_sequence_breaker.is_empty() {
+            true => defaults.dry_sequence_breakers,
+            false => self.dry_sequence_breaker.clone(),
+        };
+        let options = SamplerOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            min_p: self.min_p,
+            typical_p: self.typical,
+            repeat_penalty: self.repeat_penalty,
+            repeat_last_n: self.repeat_last_n,
+            frequency_penalty: self.frequency_penalty,
+            presence_penalty: self.presence_penalty,
+            dry_multiplier: self.dry_multiplier,
+            dry_base: self.dry_base,
+            dry_allowed_length: self.dry_allowed_length,
+            dry_penalty_last_n: self.dry_penalty_last_n,
+            dry_sequence_breakers: breakers,
+            logit_bias: self.logit_bias.clone(),
+            seed: self.seed,
+            order: self.samplers.as_ref().map_or(defaults.order, |stages| stages.to_vec()),
+        };
+        options.validate().map_err(Failure::usage)?;
+        Ok(options)
+    }
+
+    /// A sampler for the engine's vocabulary, with `seed` in place of the flag's if there is one.
+    pub fn sampler(&self, engine: &Engine, seed: Option<u64>) -> Result<Sampler, Failure> {
+        let mut options = self.options()?;
+        options.seed = seed.or(options.seed);
+        let vocab = engine.tokenizer().vocab_size();
+        if let Some((id, _)) = options.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {
+            return Err(Failure::Usage(format!("--logit-bias {id}: the vocabulary has {vocab} tokens")));
+        }
+        let mut sampler = Sampler::new(options).map_err(Failure::usage)?;
+        if self.dry_multiplier > 0.0 {
+            sampler.set_dry_breakers(&self.breakers(engine, sampler.options())?);
+        }
+        Ok(sampler)
+    }
+
+    fn breakers(&self, engine: &Engine, options: &SamplerOptions) -> Result<Vec<Vec<u32>>, Failure> {
+        let tokenizer = engine.tokenizer();
+        let mut failed = None;
+        let vocabulary = (0..tokenizer.vocab_size() as u32).map(|id| (id, tokenizer.token_bytes(id)));
+        let breakers = resolve_breakers(&options.dry_sequence_breakers, vocabulary, |text| {
+            tokenizer.encode(text, EncodeOptions::default()).unwrap_or_else(|error| {
+                failed = Some(error);
+                Vec::new()
+            })
+        });
+        failed.map_or(Ok(breakers), |error| Err(error.into()))
+    }
+
+    /// The constraint, if one is asked for.
+    pub fn constraint(&self, engine: &Engine) -> Result<Option<Constraint>, Failure> {
+        let ConstraintArgs { json_schema, json_object, grammar } = &self.constraint;
+        let table = || -> Result<_, ConstraintError> { engine.token_table() };
+        Ok(match (json_schema, grammar) {
+            (Some(schema), _) => Some(Constraint::json_schema(&text_or_file(schema)?, table()?)?),
+            (_, Some(grammar)) => Some(Constraint::grammar(&text_or_file(grammar)?, table()?)?),
+            _ if *json_object => Some(Constraint::json_object(table()?)?),
+            _ => None,
+        })
+    }
+
+    /// The stop strings.
+    pub fn stop(&self) -> StopMatcher {
+        StopMatcher::new(self.stop.iter().cloned())
+    }
+
+    pub fn ignore_eos(&self) -> bool {
+        self.ignore_eos
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn biases_in_both_notations() {
+        assert_eq!(logit_bias("42=-1.5"), Ok((42, -1.5)));
+        assert_eq!(logit_bias("42+1"), Ok((42, 1.0)));
+        assert_eq!(logit_bias("42-inf"), Ok((42, f32::NEG_INFINITY)));
+        for bad in ["", "=1", "42", "42=", "x=1", "-1=1", "99999999999=1"] {
+            assert!(logit_bias(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn pairs_and_stages() {
+        assert_eq!(pair("2, 28"), Ok((2, 28)));
+        assert!(pair("2").is_err() && pair("2,x").is_err());
+        assert_eq!(stages("top_k; temperature").as_deref(), Ok(&[Stage::TopK, Stage::Temperature][..]));
+        assert!(stages("top_k;xtc").is_err_and(|e| e.contains("xtc")));
+    }
+}

@@ -1,0 +1,186 @@
+//! What this machine is and how fast it reads memory: the limits that a speed is to be judged by.
+//!
+//! Decoding a token reads every weight once, so [`read_sweep`] over more bytes than the caches hold, divided by the
+//! weight bytes of a model, is the most tokens a second that any program can decode here without skipping.
+
+use std::fs;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::threads::{self, Team};
+
+/// What the system tells about the machine. What it does not tell is `None`.
+#[derive(Clone, Debug, Serialize)]
+pub struct Machine {
+    /// The CPU's name.
+    pub cpu: Option<String>,
+    /// Target architecture of this build.
+    pub arch: &'static str,
+    /// Extensions of the instruction set that matter here.
+    pub features: Vec<String>,
+    /// Physical cores of the machine.
+    pub physical_cores: Option<usize>,
+    /// Hardware threads that this process may use: affinity mask and quota.
+    pub allowed_threads: usize,
+    /// Cores' worth of time that the cgroup grants.
+    pub cgroup_quota: Option<f64>,
+    /// Threads that a command uses unasked.
+    pub default_threads: usize,
+    /// Main memory.
+    pub memory: Option<Memory>,
+}
+
+/// Main memory, bytes.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Memory {
+    /// All of it, or what the cgroup grants if that is less.
+    pub total: u64,
+    /// What can be had without swapping.
+    pub available: u64,
+}
+
+/// Extensions worth naming, as Linux spells them.
+const FEATURES: &[&str] = &[
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimd",
+    "asimdhp",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sve2",
+];
+
+impl Machine {
+    /// Looks.
+    pub fn detect() -> Self {
+        let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let listed = field(&cpuinfo, "flags").or_else(|| field(&cpuinfo, "Features")).unwrap_or_default();
+        let has = |name: &&&str| listed.split_whitespace().any(|listed| listed == **name);
+        Self {
+            cpu: field(&cpuinfo, "model name").map(str::to_owned),
+            arch: std::env::consts::ARCH,
+            features: FEATURES.iter().filter(has).map(|name| name.to_string()).collect(),
+            physical_cores: threads::physical_cores(),
+            allowed_threads: std::thread::available_parallelism().map_or(1, usize::from),
+            cgroup_quota: cgroup_quota(),
+            default_threads: threads::default_threads(),
+            memory: Memory::read(),
+        }
+    }
+}
+
+impl Memory {
+    /// Looks.
+    pub fn read() -> Option<Self> {
+        let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+        let kib = |name| field(&meminfo, name)?.split_whitespace().next()?.parse::<u64>().ok();
+        let total = kib("MemTotal")? * 1024;
+        let available = kib("MemAvailable")? * 1024;
+        let granted = fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
+        let granted = granted.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(u64::MAX);
+        Some(Self { total: total.min(granted), available: available.min(granted) })
+    }
+}
+
+/// The value of the first line `name : value`.
+fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
+    let pairs = text.lines().filter_map(|line| line.split_once(':'));
+    pairs.map(|(key, value)| (key.trim(), value.trim())).find(|(key, _)| *key == name).map(|(_, value)| value)
+}
+
+/// Cores' worth of time of the cgroup (version 2, or 1), if it is limited.
+fn cgroup_quota() -> Option<f64> {
+    let read = |path| fs::read_to_string(path).ok();
+    let pair = read("/sys/fs/cgroup/cpu.max").or_else(|| {
+        let quota = read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")?;
+        Some(format!("{} {}", quota.trim(), read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")?.trim()))
+    })?;
+    let (quota, period) = pair.trim().split_once(' ')?;
+    let (quota, period) = (quota.parse::<f64>().ok()?, period.parse::<f64>().ok()?);
+    (quota > 0.0 && period > 0.0).then_some(quota / period)
+}
+
+/// Less than this would be read from the caches of a large server.
+const MIN_SWEEP: u64 = 512 << 20;
+/// More than this only takes longer.
+const MAX_SWEEP: u64 = 4 << 30;
+/// Words that a thread claims at a time: 1 MiB.
+const STEP: usize = 1 << 17;
+
+/// A buffer to read, larger than the caches: an eighth of the memory, within 512 MiB and 4 GiB.
+///
+/// `None` where so much is not to be had.
+pub fn sweep_buffer(memory: Option<Memory>) -> Option<Vec<u64>> {
+    let bytes = memory.map_or(MIN_SWEEP, |m| (m.total / 8).clamp(MIN_SWEEP, MAX_SWEEP));
+    let bytes = memory.map_or(bytes, |m| bytes.min(m.available / 2).next_multiple_of(8));
+    // Ones, not zeros: untouched zeros are one page of the kernel's, read over and over.
+    (bytes >= MIN_SWEEP).then(|| vec![1; bytes as usize / 8])
+}
+
+/// Bytes a second at which the team reads `buffer`: the best of `passes`.
+pub fn read_sweep(team: &Team, buffer: &[u64], passes: usize) -> f64 {
+    let bytes = size_of_val(buffer) as f64;
+    let pass = |_| {
+        let total = AtomicU64::new(0);
+        let started = Instant::now();
+        team.for_ranges(buffer.len(), STEP, |_, range| {
+            total.fetch_add(sum(&buffer[range]), Ordering::Relaxed);
+        });
+        let seconds = started.elapsed().as_secs_f64();
+        black_box(total.into_inner());
+        bytes / seconds
+    };
+    (0..passes).map(pass).fold(0.0, f64::max)
+}
+
+/// 64 independent sums keep enough loads in flight whatever the width of a vector.
+fn sum(words: &[u64]) -> u64 {
+    let (blocks, rest) = words.as_chunks::<64>();
+    let mut sums = [0u64; 64];
+    for block in blocks {
+        for (sum, word) in sums.iter_mut().zip(block) {
+            *sum = sum.wrapping_add(*word);
+        }
+    }
+    sums.iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_machine_has_a_core_and_names_are_whole_words() {
+        let machine = Machine::detect();
+        assert!(machine.allowed_threads >= 1 && machine.default_threads >= 1);
+        assert_eq!(field("flags\t\t: avx avx2\nflags : x", "flags"), Some("avx avx2"));
+        assert_eq!(field("model name: a:b", "model name"), Some("a:b"));
+        assert_eq!(field("model: a", "model name"), None);
+    }
+
+    #[test]
+    fn a_sweep_reads_every_word() {
+        let words: Vec<u64> = (0..1000).collect();
+        assert_eq!(sum(&words), 999 * 1000 / 2);
+        let team = Team::new(2).unwrap();
+        assert!(read_sweep(&team, &words, 2) > 0.0);
+        assert_eq!(read_sweep(&team, &words, 0), 0.0);
+    }
+}
