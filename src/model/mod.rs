@@ -50,6 +50,7 @@ impl Model {
         let layers =
             (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
+        weights.read_ahead();
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
         Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies })
     }
