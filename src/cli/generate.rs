@@ -73,8 +73,9 @@ pub(super) fn evaluate_prompt(
     }
     let bar = progress_bar(
         tokens.len(),
-        "prompt {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left",
-        options.quiet,
+        "prompt {wide_bar} {pos}/{len} tokens, {eta} left",
+        // A bar that is gone at once only flickers.
+        options.quiet || tokens.len() <= session.state_mut().batch(),
     );
     let mut stopped = false;
     session.prompt(tokens, |done, _| {
