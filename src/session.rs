@@ -42,7 +42,8 @@ impl Engine {
     /// Loads the model at `path`. `threads`: default, the physical cores; `kernel`: default, the best.
     pub fn load(path: &Path, threads: Option<usize>, kernel: Option<&str>) -> Result<Self, SessionError> {
         let kernels = Kernels::select(kernel).map_err(ModelError::from)?;
-        let team = Team::new(threads.unwrap_or_else(crate::threads::default_threads)).map_err(ModelError::from)?;
+        let team =
+            Team::new(threads.unwrap_or_else(crate::threads::default_threads)).map_err(ModelError::from)?;
         let model = Model::load(path)?;
         let tokenizer = Tokenizer::from_gguf(model.weights().metadata())?;
         // Some embeddings are padded with rows that no token has; the other way round is an error.
@@ -114,7 +115,13 @@ pub struct SessionOptions {
 
 impl Default for SessionOptions {
     fn default() -> Self {
-        Self { context: None, batch: 512, kv: KvType::F16, skip: SkipOptions::default(), context_shift: false }
+        Self {
+            context: None,
+            batch: 512,
+            kv: KvType::F16,
+            skip: SkipOptions::default(),
+            context_shift: false,
+        }
     }
 }
 
@@ -152,7 +159,14 @@ impl<'e> Session<'e> {
         let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
         let policy = options.skip.policy(config.layers).map_err(ModelError::from)?;
         let state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
-        Ok(Self { engine, state, options, tokens: Vec::with_capacity(context), governed: 0, times: Times::default() })
+        Ok(Self {
+            engine,
+            state,
+            options,
+            tokens: Vec::with_capacity(context),
+            governed: 0,
+            times: Times::default(),
+        })
     }
 
     /// The engine.

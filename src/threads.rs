@@ -45,9 +45,9 @@ pub fn default_threads() -> usize {
 /// Distinct sets of sibling hardware threads, where the system tells.
 pub fn physical_cores() -> Option<usize> {
     let cpus = std::fs::read_dir("/sys/devices/system/cpu").ok()?;
-    let siblings = cpus.flatten().filter_map(|cpu| {
-        std::fs::read_to_string(cpu.path().join("topology/thread_siblings_list")).ok()
-    });
+    let siblings = cpus
+        .flatten()
+        .filter_map(|cpu| std::fs::read_to_string(cpu.path().join("topology/thread_siblings_list")).ok());
     let cores: std::collections::HashSet<String> = siblings.collect();
     (!cores.is_empty()).then_some(cores.len())
 }

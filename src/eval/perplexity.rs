@@ -105,7 +105,8 @@ pub fn perplexity(
     if let (Some(out), Some(path)) = (out, &options.logits_out) {
         out.finish().map_err(|error| EvalError::Io { path: path.clone(), error })?;
     }
-    Ok(sums.report(test.stats()))
+    let ffn_bytes = |layer: usize| engine.model().layers()[layer].ffn.bytes() as u64;
+    Ok(sums.report(test.stats(), ffn_bytes))
 }
 
 struct Run<'a> {
@@ -226,7 +227,7 @@ impl Sums {
         self.nll / self.tokens.max(1) as f64
     }
 
-    fn report(mut self, stats: &SkipStats) -> PerplexityReport {
+    fn report(mut self, stats: &SkipStats, ffn_bytes: impl Fn(usize) -> u64) -> PerplexityReport {
         let n = self.tokens.max(1) as f64;
         let nll = self.mean_nll();
         let variance = (self.nll_squared / n - nll * nll).max(0.0);
@@ -239,7 +240,7 @@ impl Sums {
             nll_error: (variance / n).sqrt(),
             tokens: self.tokens,
             ffn_skipped: stats.share(),
-            ffn_bytes_skipped: stats.share(),
+            ffn_bytes_skipped: stats.weighted_share(ffn_bytes),
             ppl_full: compared.then(|| (self.nll_full / n).exp()),
             kl_mean: compared.then(|| self.kl.iter().sum::<f64>() / n),
             kl_p99: p99,

@@ -35,6 +35,33 @@ pub struct Q8RowMut<'a> {
     pub sum: &'a mut [i32],
 }
 
+impl Q8Row<'_> {
+    /// `out = values - what this row holds from column `at` on`.
+    pub fn residual(&self, at: usize, values: &[f32], out: &mut [f32]) {
+        let blocks = values.chunks(BLOCK).zip(out.chunks_mut(BLOCK));
+        for (b, (values, out)) in blocks.enumerate() {
+            let first = at + b * BLOCK;
+            let (scale, q) = (self.scale[first / BLOCK], &self.q[first..]);
+            for ((out, v), q) in out.iter_mut().zip(values).zip(q) {
+                *out = v - scale * f32::from(*q);
+            }
+        }
+    }
+}
+
+impl Q8RowMut<'_> {
+    /// The columns from `at` (a multiple of the padding) on, padded like a row of `cols`.
+    pub fn part(&mut self, at: usize, cols: usize) -> Q8RowMut<'_> {
+        assert!(at.is_multiple_of(PAD));
+        let n = cols.next_multiple_of(PAD);
+        Q8RowMut {
+            q: &mut self.q[at..][..n],
+            scale: &mut self.scale[at / BLOCK..][..n / BLOCK],
+            sum: &mut self.sum[at / 16..][..n / 16],
+        }
+    }
+}
+
 /// Several rows from some column on. Row `t` starts `t * stride` columns after row 0.
 #[derive(Clone, Copy)]
 #[allow(missing_docs)]

@@ -39,6 +39,7 @@ pub const PANEL_COLS: usize = 512;
 
 /// The functions of one instruction set. Each is `unsafe` to call where the CPU lacks it; the
 /// lengths that each expects are asserted in the methods of [`Kernels`].
+#[allow(clippy::type_complexity)] // names for these would say less than the types
 struct Functions {
     quantize: unsafe fn(&[f32], &mut [i8], &mut [f32], &mut [i32]),
     dot: unsafe fn(GgmlType, &[u8], usize, Q8Row<'_>, &mut [f32]),
@@ -60,6 +61,12 @@ struct Isa {
 const TABLE: &[&Isa] = &[
     #[cfg(target_arch = "x86_64")]
     &x86::avx512vnni::ISA,
+    #[cfg(target_arch = "x86_64")]
+    &x86::avxvnni::ISA,
+    #[cfg(target_arch = "x86_64")]
+    &x86::avx2::ISA,
+    #[cfg(all(test, target_arch = "x86_64"))]
+    &x86::avxvnni::evex::ISA,
     &scalar::ISA,
 ];
 
@@ -214,6 +221,19 @@ impl Kernels {
     }
 }
 
+/// The greatest `q` of a quantised type: what 16-bit sums can hold depends on it.
+const fn max_q(ty: GgmlType) -> u8 {
+    use GgmlType::*;
+    match ty {
+        Q2_K => 3,
+        Q3_K => 7,
+        Q4_0 | Q4_1 | Q4_K => 15,
+        Q5_0 | Q5_1 | Q5_K => 31,
+        Q6_K => 63,
+        Q8_0 | IQ4_NL | IQ4_XS | F32 | F16 | BF16 => 255,
+    }
+}
+
 /// Bytes aligned to a cache line.
 #[repr(C, align(64))]
 struct Line([u8; PANEL_ROWS * PANEL_COLS]);
@@ -223,6 +243,8 @@ pub struct Panel {
     cols: usize,
     group_len: usize,
     zero: u8,
+    /// No byte is greater.
+    max: u8,
     has_min: bool,
     /// Row-major `[row][col]`: what `unpack` writes.
     plain: Box<[u8]>,
@@ -240,6 +262,7 @@ impl Default for Panel {
             cols: 0,
             group_len: 32,
             zero: 0,
+            max: 0,
             has_min: false,
             plain: vec![0; PANEL_ROWS * PANEL_COLS].into(),
             q: Box::new(Line([0; PANEL_ROWS * PANEL_COLS])),
@@ -254,6 +277,7 @@ impl Panel {
         self.cols = cols;
         self.group_len = quant::group_len(ty);
         self.zero = quant::zero_point(ty);
+        self.max = max_q(ty);
         self.has_min = quant::has_min(ty);
     }
 

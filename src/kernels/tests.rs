@@ -62,9 +62,9 @@ fn weights(rng: &mut Rng, ty: GgmlType, rows: usize, cols: usize) -> Vec<u8> {
                 let keep = row.to_vec();
                 let mut q = vec![0u8; cols];
                 let (mut s, mut m) = (vec![0f32; cols / 16], vec![0f32; cols / 16]);
-                let fill = if rng.next() % 2 == 0 { 0x80 } else { 0xff };
+                let fill = if rng.next().is_multiple_of(2) { 0x80 } else { 0xff };
                 for (i, b) in row.iter_mut().enumerate() {
-                    *b = if rng.next() % 3 == 0 { fill } else { keep[i] };
+                    *b = if rng.next().is_multiple_of(3) { fill } else { keep[i] };
                 }
                 let groups = cols / quant::group_len(ty);
                 quant::unpack_row(ty, row, &mut q, &mut s[..groups], &mut m[..groups]);
@@ -303,4 +303,59 @@ fn selection_names_what_is_wrong() {
     let error = Kernels::select(Some("avx9000")).unwrap_err().to_string();
     assert!(error.contains("avx9000") && error.contains("scalar"), "{error}");
     assert_eq!(Kernels::select(Some("scalar")).unwrap().name(), "scalar");
+}
+
+/// Weights and activations at the ends of their ranges: what would saturate 16-bit sums of products.
+#[test]
+fn extreme_products_are_exact() {
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            let cols = 512;
+            for fill in [0x00, 0x7f, 0x80, 0xff] {
+                // All bytes alike but for the 16-bit floats, for which a quantised row is the pattern.
+                let mut row = vec![0; ty.row_bytes(cols)];
+                let ramp: Vec<f32> = (0..cols).map(|i| (i % 32) as f32 - 15.5).collect();
+                quantize_row(ty, &ramp, &mut row);
+                for block in row.chunks_exact_mut(ty.block_bytes()) {
+                    let floats: &[usize] = match ty {
+                        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 1, 2, 3],
+                        GgmlType::Q2_K => &[80, 81, 82, 83],
+                        GgmlType::Q3_K => &[108, 109],
+                        GgmlType::Q6_K => &[208, 209],
+                        _ => &[0, 1],
+                    };
+                    for (i, b) in block.iter_mut().enumerate() {
+                        if !floats.contains(&i) {
+                            *b = fill;
+                        }
+                    }
+                }
+                let w = row.repeat(PANEL_ROWS);
+                // All 127, all -127, and pairs of each sign.
+                let mut acts = Activations::with_capacity(7, cols);
+                for t in 0..7 {
+                    let sign = |i: usize| {
+                        [false, true, i.is_multiple_of(2), i % 4 < 2, i % 16 < 8, i % 32 < 16, i < 256][t]
+                    };
+                    let x: Vec<f32> = (0..cols).map(|i| if sign(i) { -1.0 } else { 1.0 }).collect();
+                    k.quantize(&x, acts.row_mut(t));
+                    assert!(acts.row(t).q.iter().all(|q| q.abs() == 127));
+                }
+                let mut panel = Panel::default();
+                k.unpack(ty, &w, row.len(), 0..cols, &mut panel);
+                let mut got = vec![0.0; 7 * PANEL_ROWS];
+                k.gemm(&panel, acts.from_col(0), &mut got);
+                for t in 0..7 {
+                    let (mut one, mut want) = ([0f32; 5], [0f32; 5]);
+                    k.dot(ty, &w[..5 * row.len()], acts.row(t), &mut one);
+                    scalar().dot(ty, &w[..5 * row.len()], acts.row(t), &mut want);
+                    let size = magnitude(ty, &row, acts.row(t));
+                    let many = &got[t * PANEL_ROWS..][..PANEL_ROWS];
+                    for v in one.iter().chain(many) {
+                        assert!(close(*v, want[0], size), "{} {ty} {fill:#x} {t}: {v} {}", k.name(), want[0]);
+                    }
+                }
+            }
+        }
+    }
 }

@@ -49,9 +49,17 @@ pub struct RopeConfig {
 pub enum RopeScaling {
     None,
     /// Positions divided by `factor` (Chen et al. 2023).
-    Linear { factor: f32 },
+    Linear {
+        factor: f32,
+    },
     /// YaRN (Peng et al. 2023): high frequencies kept, low ones divided.
-    Yarn { factor: f32, original_context: f32, attention_factor: f32, beta_fast: f32, beta_slow: f32 },
+    Yarn {
+        factor: f32,
+        original_context: f32,
+        attention_factor: f32,
+        beta_fast: f32,
+        beta_slow: f32,
+    },
 }
 
 /// Largest sane value of a shape: keeps every product of three of them within 64 bits.
@@ -68,14 +76,22 @@ impl Config {
             _ => return Err(ModelError::Architecture { found: name.into(), known: "llama, qwen2" }),
         };
         if let Some(experts) = meta.opt_u32(&format!("{name}.expert_count"))?.filter(|&n| n > 0) {
-            return Err(unexpected(format!("{name}.expert_count"), experts, "0: mixtures of experts are not supported"));
+            return Err(unexpected(
+                format!("{name}.expert_count"),
+                experts,
+                "0: mixtures of experts are not supported",
+            ));
         }
         let keys = Keys { meta, name };
         let embedding = keys.shape("embedding_length")?;
         let heads = keys.shape("attention.head_count")?;
         let kv_heads = keys.opt_shape("attention.head_count_kv")?.unwrap_or(heads);
         if heads % kv_heads != 0 {
-            return Err(unexpected(keys.key("attention.head_count_kv"), kv_heads, "a divisor of the head count"));
+            return Err(unexpected(
+                keys.key("attention.head_count_kv"),
+                kv_heads,
+                "a divisor of the head count",
+            ));
         }
         let head_dim = keys.opt_shape("attention.key_length")?.unwrap_or(embedding / heads);
         if head_dim == 0 || head_dim % 2 != 0 {
@@ -86,7 +102,11 @@ impl Config {
         }
         let norm_eps = meta.f32(&keys.key("attention.layer_norm_rms_epsilon"))?;
         if !(0.0..=1.0).contains(&norm_eps) {
-            return Err(unexpected(keys.key("attention.layer_norm_rms_epsilon"), norm_eps, "between 0 and 1"));
+            return Err(unexpected(
+                keys.key("attention.layer_norm_rms_epsilon"),
+                norm_eps,
+                "between 0 and 1",
+            ));
         }
         Ok(Self {
             architecture,
@@ -122,7 +142,9 @@ fn unexpected(key: String, found: impl ToString, expected: &'static str) -> Mode
 fn vocab_size(weights: &Weights) -> Result<usize, ModelError> {
     match weights.shape("token_embd.weight") {
         Some(&[_, vocab]) if vocab <= u64::from(u32::MAX) => Ok(vocab as usize),
-        Some(shape) => Err(unexpected("token_embd.weight".into(), format!("of shape {shape:?}"), "two dimensions")),
+        Some(shape) => {
+            Err(unexpected("token_embd.weight".into(), format!("of shape {shape:?}"), "two dimensions"))
+        }
         None => Err(unexpected("token_embd.weight".into(), "missing", "the embedding of the vocabulary")),
     }
 }
@@ -163,7 +185,11 @@ impl Keys<'_> {
     fn rope(&self, architecture: Architecture, head_dim: usize) -> Result<RopeConfig, ModelError> {
         let dimensions = self.opt_shape("rope.dimension_count")?.unwrap_or(head_dim);
         if dimensions > head_dim || dimensions % 2 != 0 {
-            return Err(unexpected(self.key("rope.dimension_count"), dimensions, "an even number up to the head's"));
+            return Err(unexpected(
+                self.key("rope.dimension_count"),
+                dimensions,
+                "an even number up to the head's",
+            ));
         }
         let style = match architecture {
             Architecture::Llama => RopeStyle::Interleaved,
@@ -222,7 +248,9 @@ impl RopeConfig {
     /// What the rotated elements are multiplied by (1, except with YaRN).
     pub fn magnitude(&self) -> f32 {
         match self.scaling {
-            RopeScaling::Yarn { factor, attention_factor, .. } => attention_factor * (1.0 + 0.1 * factor.ln()),
+            RopeScaling::Yarn { factor, attention_factor, .. } => {
+                attention_factor * (1.0 + 0.1 * factor.ln())
+            }
             _ => 1.0,
         }
     }
@@ -230,7 +258,9 @@ impl RopeConfig {
     /// 1 where YaRN keeps the frequency of pair `i`, 0 where it divides it, a ramp between (Peng et al.
     /// 2023, section 3.2; bounds as in llama.cpp's `ggml_rope_yarn_corr_dims`).
     fn yarn_kept(&self, i: usize) -> f32 {
-        let RopeScaling::Yarn { original_context, beta_fast, beta_slow, .. } = self.scaling else { return 1.0 };
+        let RopeScaling::Yarn { original_context, beta_fast, beta_slow, .. } = self.scaling else {
+            return 1.0;
+        };
         let n = self.dimensions as f32;
         let pair_of = |turns: f32| {
             n * (original_context / (turns * std::f32::consts::TAU)).ln() / (2.0 * self.base.ln())

@@ -22,7 +22,9 @@ pub enum ModelError {
     Config { key: String, found: String, expected: &'static str },
     #[error("token id {id} at position {position} is outside the vocabulary of {vocab}")]
     TokenId { id: u32, position: usize, vocab: usize },
-    #[error("the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)")]
+    #[error(
+        "the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)"
+    )]
     ContextFull { needed: usize, context: usize },
     #[error("the threads cannot be started: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),

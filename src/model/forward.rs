@@ -3,7 +3,7 @@
 use super::state::Scratch;
 use super::{FfnStep, Layer, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
-use crate::ops::{Compute, Epilogue, add_rows, matmul, matmul_swiglu, rms_norm};
+use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
 use crate::quant::Matrix;
 use crate::skip::{Decision, SkipPolicy, SkipStats};
 
@@ -36,17 +36,36 @@ impl Model {
     /// Logits of row `row` of the last step, `[vocab]`.
     pub fn logits<'s>(&self, on: Compute<'_>, state: &'s mut State, row: usize) -> &'s mut [f32] {
         let s = &mut state.scratch;
-        rms_norm(on, &s.x, &[row], &self.output_norm, self.config.norm_eps, &mut s.normed);
-        let out = &mut s.logits[..];
-        matmul(on, &[self.output.matrix()], &s.normed, Epilogue::Store, out, &mut s.matmul);
-        out
+        self.project(on, &s.x, &[row], &mut s.last, &mut s.logits, &mut s.matmul);
+        &mut s.logits
     }
 
     /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`.
-    pub fn logits_of(&self, on: Compute<'_>, state: &mut State, rows: std::ops::Range<usize>, out: &mut [f32]) {
+    pub fn logits_of(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        rows: std::ops::Range<usize>,
+        out: &mut [f32],
+    ) {
         let s = &mut state.scratch;
-        rms_norm(on, &s.x, &s.all_rows[rows], &self.output_norm, self.config.norm_eps, &mut s.normed);
-        matmul(on, &[self.output.matrix()], &s.normed, Epilogue::Store, out, &mut s.matmul);
+        self.project(on, &s.x, &s.all_rows[rows], &mut s.last, out, &mut s.matmul);
+    }
+
+    /// The output matrix alone adds its rounding straight to the logits - a quarter of the divergence
+    /// from exact arithmetic on small models (docs/experiments.md) - so its inputs are refined.
+    fn project(
+        &self,
+        on: Compute<'_>,
+        x: &[f32],
+        rows: &[usize],
+        normed: &mut Inputs,
+        out: &mut [f32],
+        scratch: &mut [MatmulScratch],
+    ) {
+        rms_norm(on, x, rows, &self.output_norm, self.config.norm_eps, normed);
+        normed.refine(on);
+        matmul(on, &[self.output.matrix()], normed, Epilogue::Store, out, scratch);
     }
 
     fn check(&self, state: &State, tokens: &[u32]) -> Result<(), ModelError> {
@@ -194,7 +213,8 @@ impl State {
             }
             FfnStep::Governed { .. } => {
                 let policies = s.policies.iter_mut().enumerate();
-                s.active.extend(policies.filter_map(|(i, p)| (p.decide(layer) == Decision::Run).then_some(i)));
+                s.active
+                    .extend(policies.filter_map(|(i, p)| (p.decide(layer) == Decision::Run).then_some(i)));
             }
         }
     }

@@ -100,7 +100,8 @@ impl Store {
             match &mut self.data {
                 Data::F16(bits) => {
                     let mut halves = [f16::ZERO; 256];
-                    for (bits, values) in bits[at..at + self.head_dim].chunks_mut(256).zip(values.chunks(256)) {
+                    for (bits, values) in bits[at..at + self.head_dim].chunks_mut(256).zip(values.chunks(256))
+                    {
                         let halves = &mut halves[..values.len()];
                         halves.convert_from_f32_slice(values);
                         bits.iter_mut().zip(halves).for_each(|(b, h)| *b = h.to_bits());
@@ -108,7 +109,11 @@ impl Store {
                 }
                 Data::Q8(bytes) => {
                     let n = GgmlType::Q8_0.row_bytes(self.head_dim);
-                    quant::quantize_row(GgmlType::Q8_0, values, &mut bytes[GgmlType::Q8_0.row_bytes(at)..][..n]);
+                    quant::quantize_row(
+                        GgmlType::Q8_0,
+                        values,
+                        &mut bytes[GgmlType::Q8_0.row_bytes(at)..][..n],
+                    );
                 }
             }
         }

@@ -47,7 +47,8 @@ impl Model {
         let embedding = weights.tensor("token_embd.weight", vocab, d)?;
         let output = weights.opt_tensor("output.weight", vocab, d)?.unwrap_or_else(|| embedding.clone());
         let output_norm = weights.vector("output_norm.weight", d)?;
-        let layers = (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
+        let layers =
+            (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
         Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies })

@@ -50,6 +50,8 @@ pub(super) struct Scratch {
     /// `[rows, ffn]`: the FFN's inner activations.
     pub inner: Inputs,
     pub rope: RopeTable,
+    /// `[1, embedding]`: normed stream of the last token, refined.
+    pub last: Inputs,
     /// `[vocab]`
     pub logits: Vec<f32>,
     /// `0..n`
@@ -143,7 +145,13 @@ impl State {
 
     /// Drops positions `keep..keep + drop` and moves the later ones down, their keys turned back to
     /// the new positions (as llama.cpp's context shift does).
-    pub fn shift(&mut self, model: &Model, on: Compute<'_>, keep: usize, drop: usize) -> Result<(), ModelError> {
+    pub fn shift(
+        &mut self,
+        model: &Model,
+        on: Compute<'_>,
+        keep: usize,
+        drop: usize,
+    ) -> Result<(), ModelError> {
         let end = self.position;
         if drop == 0 || keep + drop > end {
             return Ok(());
@@ -158,7 +166,14 @@ impl State {
             let (keys, values) = self.kv.layer_mut(layer);
             for from in keep + drop..end {
                 keys.read(on.kernels, from, &mut key);
-                back.apply(on, config.rope.style, &mut key, config.kv_dim(), config.kv_heads, config.head_dim);
+                back.apply(
+                    on,
+                    config.rope.style,
+                    &mut key,
+                    config.kv_dim(),
+                    config.kv_heads,
+                    config.head_dim,
+                );
                 keys.write(from - drop, &key);
                 values.copy(from, from - drop);
             }
@@ -193,6 +208,7 @@ impl Scratch {
             attended: Inputs::with_capacity(batch, q),
             inner: Inputs::with_capacity(batch, ffn),
             rope: RopeTable::with_capacity(batch, config.rope.dimensions / 2),
+            last: Inputs::with_refined_capacity(1, d),
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
             active: Vec::with_capacity(batch),

@@ -275,7 +275,8 @@ mod tests {
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
                 let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
                 for i in 0..d {
-                    let o: f64 = scores.iter().enumerate().map(|(p, s)| (s - max).exp() / sum * at(v, p, i)).sum();
+                    let o: f64 =
+                        scores.iter().enumerate().map(|(p, s)| (s - max).exp() / sum * at(v, p, i)).sum();
                     out[(t * shape.heads + h) * d + i] = o as f32;
                 }
             }
@@ -298,9 +299,13 @@ mod tests {
             let team = Team::new(threads).unwrap();
             for kernels in Kernels::available() {
                 let on = Compute { team: &team, kernels };
-                for (heads, kv_heads, dim, first, rows) in
-                    [(3, 1, 16, 0, 1), (4, 4, 32, 300, 1), (6, 2, 64, 0, 150), (9, 3, 64, 127, 40), (2, 1, 8, 5, 3)]
-                {
+                for (heads, kv_heads, dim, first, rows) in [
+                    (3, 1, 16, 0, 1),
+                    (4, 4, 32, 300, 1),
+                    (6, 2, 64, 0, 150),
+                    (9, 3, 64, 127, 40),
+                    (2, 1, 8, 5, 3),
+                ] {
                     let shape = Shape { heads, kv_heads, head_dim: dim, first };
                     let capacity = first + rows + 7;
                     let k = Plain(random(kv_heads * capacity * dim), capacity, dim);

@@ -128,7 +128,13 @@ fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, 
 }
 
 /// `acc[t][r] = W[rows][r] . x[t]`, rows of `acc` as [`acc_stride`] says.
-fn product(on: Compute<'_>, w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &Inputs, scratch: &mut MatmulScratch) {
+fn product(
+    on: Compute<'_>,
+    w: &Matrix<'_>,
+    rows: std::ops::Range<usize>,
+    x: &Inputs,
+    scratch: &mut MatmulScratch,
+) {
     let (n, stride) = (rows.len(), acc_stride(x.rows, rows.len()));
     if scratch.acc.len() < x.rows * stride {
         scratch.acc.resize(x.rows * stride, 0.0);
@@ -140,6 +146,11 @@ fn product(on: Compute<'_>, w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &In
         (true, false) => {
             for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
                 on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
+                if x.two_terms {
+                    let second = &mut scratch.up[..n];
+                    on.kernels.dot(w.ty(), weights, x.residual.row(t), second);
+                    acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
+                }
             }
         }
         (false, false) => {
@@ -153,6 +164,9 @@ fn product(on: Compute<'_>, w: &Matrix<'_>, rows: std::ops::Range<usize>, x: &In
                 let cols = from..(from + PANEL_COLS).min(x.cols);
                 on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, &mut scratch.panel);
                 on.kernels.gemm(&scratch.panel, x.q8.from_col(from), acc);
+                if x.two_terms {
+                    on.kernels.gemm(&scratch.panel, x.residual.from_col(from), acc);
+                }
             }
         }
         (false, true) => float_product(on, w.ty(), weights, n, x, &mut scratch.wide, acc),

@@ -48,7 +48,15 @@ impl RopeTable {
     }
 
     /// Turns the first `heads` heads of `head_dim` in each row of `x` (rows of `cols` columns).
-    pub fn apply(&self, on: Compute<'_>, style: RopeStyle, x: &mut [f32], cols: usize, heads: usize, head_dim: usize) {
+    pub fn apply(
+        &self,
+        on: Compute<'_>,
+        style: RopeStyle,
+        x: &mut [f32],
+        cols: usize,
+        heads: usize,
+        head_dim: usize,
+    ) {
         on.team.for_plain_tiles(x, cols, (4, usize::MAX), |mut tile| {
             for row in tile.rows() {
                 let turns = &self.turns[row * self.half..][..self.half];

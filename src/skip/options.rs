@@ -24,7 +24,7 @@ pub struct SkipOptions {
     /// Tokens that run in full first (default 25: the paper's figure 5 finds no gain beyond 25-30).
     pub warm_up: Option<usize>,
     /// First layer that may be skipped and first after the last that may (default: all but the first
-    /// and the last, whose FFNs turn the stream most).
+    /// and the last two, whose FFNs turn the stream most).
     pub cold: Option<(usize, usize)>,
     /// Whether prompt tokens past the warm-up are governed too.
     pub prefill: bool,
@@ -60,7 +60,7 @@ impl SkipOptions {
     pub fn policy(&self, layers: usize) -> Result<Box<dyn SkipPolicy>, SkipError> {
         let threshold = self.threshold.unwrap_or(0.98);
         let k = self.k.unwrap_or(1);
-        let (start, end) = self.cold.unwrap_or((1.min(layers), layers.saturating_sub(1).max(1)));
+        let (start, end) = self.cold.unwrap_or((1.min(layers), layers.saturating_sub(2).max(1)));
         if !(-1.0..=1.0).contains(&threshold) {
             return Err(SkipError::Threshold { found: threshold });
         }
@@ -94,10 +94,7 @@ mod tests {
         assert_eq!(with(|o| o.threshold = Some(1.5)), Err(SkipError::Threshold { found: 1.5 }));
         assert!(with(|o| o.threshold = Some(f32::NAN)).is_err());
         assert_eq!(with(|o| o.k = Some(0)), Err(SkipError::K { found: 0, layers: 30 }));
-        assert_eq!(
-            with(|o| o.cold = Some((3, 31))),
-            Err(SkipError::Cold { start: 3, end: 31, layers: 30 })
-        );
+        assert_eq!(with(|o| o.cold = Some((3, 31))), Err(SkipError::Cold { start: 3, end: 31, layers: 30 }));
         assert!(SkipMode::from_name("ffnskip").is_err());
     }
 }

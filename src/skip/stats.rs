@@ -50,11 +50,18 @@ impl SkipStats {
         }
     }
 
-    /// Share of FFN blocks skipped, 0 to 1. All blocks of a model are of one size, so this is the share
-    /// of FFN weight bytes too where one token is decoded at a time.
+    /// Share of FFN blocks skipped, 0 to 1.
     pub fn share(&self) -> f64 {
-        let skipped: u64 = self.layers.iter().map(|l| l.skipped).sum();
-        let all: u64 = self.layers.iter().map(|l| l.ran + l.skipped).sum();
+        self.weighted_share(|_| 1)
+    }
+
+    /// Share of FFN weight bytes left unread, 0 to 1, where tokens are decoded one at a time;
+    /// `bytes(layer)` is the size of a layer's FFN.
+    pub fn weighted_share(&self, bytes: impl Fn(usize) -> u64) -> f64 {
+        let sum = |of: fn(&Layer) -> u64| -> u64 {
+            self.layers.iter().enumerate().map(|(i, l)| of(l) * bytes(i)).sum()
+        };
+        let (skipped, all) = (sum(|l| l.skipped), sum(|l| l.ran + l.skipped));
         if all == 0 { 0.0 } else { skipped as f64 / all as f64 }
     }
 
@@ -84,6 +91,7 @@ mod tests {
         stats.cosine(0, 1.0);
         stats.cosine(0, f32::NAN);
         assert_eq!(stats.share(), 0.25);
+        assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 0.5);
         assert_eq!(stats.share_by_layer(), [0.0, 1.0]);
         assert_eq!(stats.mean_cosines(), [Some(0.75), None]);
         let mut twice = stats.clone();

@@ -45,8 +45,8 @@ pub struct DecodeOptions {
 
 /// The merging model.
 enum Merger {
-    Spm(Spm),
-    Bpe(Bpe),
+    Spm(Box<Spm>),
+    Bpe(Box<Bpe>),
 }
 
 impl Merger {
@@ -84,14 +84,14 @@ impl Tokenizer {
             "llama" => {
                 let vocab = Vocab::new(source, None);
                 let spm = Spm::new(source, &vocab)?;
-                (vocab, Merger::Spm(spm), true)
+                (vocab, Merger::Spm(Box::new(spm)), true)
             }
             "gpt2" => {
                 let chars = ByteChars::new();
                 let vocab = Vocab::new(source, Some(&chars));
                 let bpe = Bpe::new(source, &vocab, chars)?;
                 let usual_bos = bpe.adds_bos();
-                (vocab, Merger::Bpe(bpe), usual_bos)
+                (vocab, Merger::Bpe(Box::new(bpe)), usual_bos)
             }
             _ => return Err(TokenizerError::UnsupportedModel { model: source.model.clone() }),
         };

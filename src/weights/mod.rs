@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use memmap2::Mmap;
 
-use crate::gguf::{Gguf, GgmlType, Metadata, ShardSet, TensorInfo};
+use crate::gguf::{GgmlType, Gguf, Metadata, ShardSet, TensorInfo};
 use crate::quant::Matrix;
 pub use error::WeightsError;
 

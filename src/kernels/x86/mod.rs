@@ -1,6 +1,8 @@
 //! x86-64: one folder an instruction set, the same file names in each.
 
+pub(super) mod avx2;
 pub(super) mod avx512vnni;
+pub(super) mod avxvnni;
 
 /// The `N` bytes of `b` from byte `O` on; compiles to nothing where `b` has a known length.
 #[inline(always)]

@@ -10,8 +10,6 @@ use crate::kernels::Q8Row;
 /// Rows that go through the blocks together: they share the activations' rearrangement, and their
 /// independent sums hide the latency of the adds.
 const ROWS: usize = 4;
-/// Bytes to prefetch ahead in each row: about a memory latency at one core's bandwidth.
-const AHEAD: usize = 1024;
 
 /// Activations for a [`Four`]: bytes in the order of its `low` and `high`, in lane `4 b` the start
 /// of block `b`'s integer sum (`-zero * sum`), its scale in each of its lanes, and
@@ -203,9 +201,9 @@ fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, step: usize) -> Acts8 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn step8<const MIN: bool>(w: &Super, a: &Acts8, spread: &[[i32; 16]; 4], mut acc: __m512) -> __m512 {
     let scale = _mm512_mul_ps(w.scale, a.scale);
-    for i in 0..4 {
+    for (i, spread) in spread.iter().enumerate() {
         let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(&spread[i]), scale), acc);
+        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(spread), scale), acc);
     }
     if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
 }
@@ -234,7 +232,7 @@ macro_rules! dot_rows {
         fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn rows<const R: usize>(rows: [&[u8]; R], x: &Q8Row<'_>) -> [f32; R] {
+            fn rows<const R: usize>(rows: [&[u8]; R], row_bytes: usize, x: &Q8Row<'_>) -> [f32; R] {
                 let (steps, tails) =
                     (rows.map(|r| r.as_chunks::<$bytes>().0), rows.map(|r| r.as_chunks::<$bytes>().1));
                 let mut acc = [_mm512_setzero_ps(); R];
@@ -242,7 +240,9 @@ macro_rules! dot_rows {
                 for s in 0..n {
                     let a = $acts(x, s);
                     for r in 0..R {
-                        prefetch(&steps[r][s]);
+                        // The next rows lie behind these: fetched in the order of the file, so that
+                        // their beginnings, where every stream is new, do not wait for memory.
+                        prefetch(&steps[0][s], R * row_bytes + (s * (R - 1) + r) * $bytes);
                         acc[r] = $step(&steps[r][s], &a, acc[r]);
                     }
                 }
@@ -260,10 +260,10 @@ macro_rules! dot_rows {
             let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
             for (w, out) in groups {
                 if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), &x);
+                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), row_bytes, &x);
                 } else {
                     for (w, out) in w.chunks_exact(row_bytes).zip(out) {
-                        [*out] = rows([w], &x);
+                        [*out] = rows([w], row_bytes, &x);
                     }
                 }
             }
@@ -273,10 +273,15 @@ macro_rules! dot_rows {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch<const N: usize>(step: &[u8; N]) {
-    let at = step.as_ptr().wrapping_add(AHEAD).cast();
-    // SAFETY: a prefetch of any address is allowed; it never faults.
-    unsafe { _mm_prefetch::<_MM_HINT_T0>(at) };
+fn prefetch<const N: usize>(step: &[u8; N], ahead: usize) {
+    for line in (0..N).step_by(64) {
+        let at = step.as_ptr().wrapping_add(ahead + line).cast();
+        #[allow(unused_unsafe)] // an unsafe function for older compilers
+        // SAFETY: a prefetch of any address is allowed; it never faults.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(at)
+        };
+    }
 }
 
 dot_rows!(dot_q4_0, 72, acts4::<3>, |b, a, acc| step4::<false>(&blocks::q4_0(b), a, acc));

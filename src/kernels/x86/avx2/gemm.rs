@@ -1,0 +1,252 @@
+//! Many tokens: a panel of 32 unpacked weight rows times blocks of activations.
+//!
+//! The micro-kernel takes 16 rows (two registers, for each of which it keeps a sum a token) and a few
+//! tokens; the two halves of a panel come one after the other, so that a half stays in the L1 cache.
+//!
+//! With `maddubs` the costly part is widening its 16-bit sums. For weights of few bits several of them
+//! fit before that is due: a *run* is the longest sequence of column groups of four whose sums of
+//! `2 * max * 127` each stay below 2^15.
+
+use std::arch::x86_64::*;
+
+use crate::kernels::PANEL_ROWS;
+
+/// Most tokens in a micro-kernel of any way to multiply.
+pub(in crate::kernels::x86) const MAX_TOKENS: usize = 6;
+/// Rows in the micro-kernel.
+pub(in crate::kernels::x86) const ROWS: usize = 16;
+
+/// `[row][col]` to `[col / 4][row][col % 4]`: 8 x 8 transpositions of four-byte elements.
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels::x86) fn interleave(plain: &[u8], cols: usize, q: &mut [u8]) {
+    assert!(plain.len() == PANEL_ROWS * cols && q.len() == plain.len() && cols.is_multiple_of(32));
+    for rows in (0..PANEL_ROWS).step_by(8) {
+        for col in (0..cols).step_by(32) {
+            // SAFETY: row `rows + r` has 32 columns from `col` on, and the destination of column
+            // group `c` of these 8 rows is 32 bytes inside `q`.
+            unsafe {
+                let y = std::array::from_fn(|r| {
+                    _mm256_loadu_si256(plain.as_ptr().add((rows + r) * cols + col).cast())
+                });
+                for (c, y) in transpose8(y).into_iter().enumerate() {
+                    let at = ((col / 4 + c) * PANEL_ROWS + rows) * 4;
+                    _mm256_storeu_si256(q.as_mut_ptr().add(at).cast(), y);
+                }
+            }
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose8(y: [__m256i; 8]) -> [__m256i; 8] {
+    // Pairs of elements, then pairs of pairs, inside each 128-bit lane; then the lanes.
+    let mut a = y;
+    for i in 0..4 {
+        a[2 * i] = _mm256_unpacklo_epi32(y[2 * i], y[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(y[2 * i], y[2 * i + 1]);
+    }
+    let mut b = a;
+    for i in 0..2 {
+        b[4 * i] = _mm256_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 1] = _mm256_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+        b[4 * i + 2] = _mm256_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+        b[4 * i + 3] = _mm256_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+    // b[4 i + j] holds columns j and 4 + j of rows 4 i .. 4 i + 4.
+    let mut out = b;
+    for j in 0..4 {
+        out[j] = _mm256_permute2x128_si256::<0x20>(b[j], b[4 + j]);
+        out[4 + j] = _mm256_permute2x128_si256::<0x31>(b[j], b[4 + j]);
+    }
+    out
+}
+
+/// The function `gemm` (see `Kernels::gemm`), compiled with `$features` and multiplying with the
+/// functions of the module `$multiply`.
+macro_rules! instantiate {
+    ($features:literal, $multiply:path) => {
+        #[target_feature(enable = $features)]
+        fn gemm(panel: &Panel, x: Q8Rows<'_>, acc: &mut [f32]) {
+            use $crate::kernels::PANEL_ROWS;
+            use $crate::kernels::x86::avx2::gemm::{MAX_TOKENS, ROWS};
+            use $multiply as multiply;
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add(sum: __m256i, w: __m256i, a: __m256i) -> __m256i {
+                multiply::close(sum, multiply::add(multiply::open(sum), w, a))
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add2(sum: __m256i, w: __m256i, a: __m256i, v: __m256i, b: __m256i) -> __m256i {
+                multiply::close(sum, multiply::add(multiply::add(multiply::open(sum), w, a), v, b))
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn tokens<const T: usize>(panel: &Panel, x: Q8Rows<'_>, t: usize, acc: &mut [f32]) {
+                let signed = panel.max > multiply::MAX;
+                match (panel.group_len, panel.has_min, panel.max) {
+                    _ if signed => {
+                        // The signed form has no minimum and a type has either.
+                        assert!(panel.zero == 128 && panel.group_len == 32 && !panel.has_min);
+                        kernel::<T, 32, 1, false, true>(panel, x, t, acc)
+                    }
+                    (32, false, ..=15) => kernel::<T, 32, 8, false, false>(panel, x, t, acc),
+                    (32, true, ..=15) => kernel::<T, 32, 8, true, false>(panel, x, t, acc),
+                    (32, false, ..=31) => kernel::<T, 32, 4, false, false>(panel, x, t, acc),
+                    (32, true, ..=31) => kernel::<T, 32, 4, true, false>(panel, x, t, acc),
+                    (32, false, _) => kernel::<T, 32, 2, false, false>(panel, x, t, acc),
+                    (32, true, _) => kernel::<T, 32, 2, true, false>(panel, x, t, acc),
+                    (_, false, ..=31) => kernel::<T, 16, 4, false, false>(panel, x, t, acc),
+                    (_, true, ..=31) => kernel::<T, 16, 4, true, false>(panel, x, t, acc),
+                    (_, false, _) => kernel::<T, 16, 2, false, false>(panel, x, t, acc),
+                    (_, true, _) => kernel::<T, 16, 2, true, false>(panel, x, t, acc),
+                }
+            }
+
+            /// `T` tokens from `t` on by 32 rows, in groups of `G` columns, of which a run is `4 * RUN`.
+            /// `SIGNED` weights are multiplied by the sign trick of `dot`.
+            #[target_feature(enable = $features)]
+            #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
+            fn kernel<
+                const T: usize,
+                const G: usize,
+                const RUN: usize,
+                const MIN: bool,
+                const SIGNED: bool,
+            >(
+                panel: &Panel,
+                x: Q8Rows<'_>,
+                t: usize,
+                acc: &mut [f32],
+            ) {
+                let groups = panel.cols / G;
+                let last = t + T - 1;
+                assert!(acc.len() == T * PANEL_ROWS && panel.q.0.len() >= panel.cols * PANEL_ROWS);
+                assert!(panel.scale.len() >= groups * PANEL_ROWS && panel.min.len() >= groups * PANEL_ROWS);
+                assert!(last * x.stride + panel.cols <= x.q.len());
+                assert!(last * (x.stride / 32) + panel.cols / 32 <= x.scale.len());
+                assert!(last * (x.stride / 16) + panel.cols / 16 <= x.sum.len());
+                let zero = -i32::from(panel.zero);
+                let high_bit = _mm256_set1_epi8(-128);
+                // SAFETY: every offset below is within the lengths just asserted: token
+                // `t + i < t + T`, column below `panel.cols`, group below `groups`, 32 rows a group of
+                // the panel and of `acc`.
+                unsafe {
+                    let q = x.q.as_ptr().add(t * x.stride);
+                    let scale = x.scale.as_ptr().add(t * (x.stride / 32));
+                    let sum = x.sum.as_ptr().add(t * (x.stride / 16));
+                    for row in (0..PANEL_ROWS).step_by(ROWS) {
+                        for g in 0..groups {
+                            let group_sum = |i: usize| {
+                                let at = sum.add(i * (x.stride / 16) + g * G / 16);
+                                if G == 32 { *at + *at.add(1) } else { *at }
+                            };
+                            // Plain loops: a closure given to `map` or `from_fn` is a call from a function
+                            // without the features, and the sums would live in memory.
+                            let mut dots = [[_mm256_setzero_si256(); 2]; T];
+                            if !MIN && !SIGNED {
+                                for i in 0..T {
+                                    dots[i] = [_mm256_set1_epi32(zero * group_sum(i)); 2];
+                                }
+                            }
+                            for run in 0..G / 4 / RUN {
+                                let quad = g * (G / 4) + run * RUN;
+                                let w = panel.q.0.as_ptr().add((quad * PANEL_ROWS + row) * 4);
+                                let weights = |c: usize, h: usize| {
+                                    _mm256_load_si256(w.add(c * PANEL_ROWS * 4 + h * 32).cast())
+                                };
+                                let a = q.add(quad * 4);
+                                let four = |i: usize, c: usize| {
+                                    let at = a.add(i * x.stride + c * 4).cast::<i32>();
+                                    _mm256_set1_epi32(at.read_unaligned())
+                                };
+                                if SIGNED {
+                                    let w0 = _mm256_xor_si256(weights(0, 0), high_bit);
+                                    let w1 = _mm256_xor_si256(weights(0, 1), high_bit);
+                                    let (size0, size1) = (_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
+                                    for i in 0..T {
+                                        let a = four(i, 0);
+                                        dots[i] = [
+                                            add(dots[i][0], size0, _mm256_sign_epi8(a, w0)),
+                                            add(dots[i][1], size1, _mm256_sign_epi8(a, w1)),
+                                        ];
+                                    }
+                                } else if RUN == 2 {
+                                    // Short runs need no register for each sum if a token is finished
+                                    // before the next begins.
+                                    let (w0, w1) = (weights(0, 0), weights(0, 1));
+                                    let (v0, v1) = (weights(1, 0), weights(1, 1));
+                                    for i in 0..T {
+                                        let (a, b) = (four(i, 0), four(i, 1));
+                                        dots[i] =
+                                            [add2(dots[i][0], w0, a, v0, b), add2(dots[i][1], w1, a, v1, b)];
+                                    }
+                                } else {
+                                    let mut sums = dots;
+                                    for i in 0..T {
+                                        sums[i] = [multiply::open(dots[i][0]), multiply::open(dots[i][1])];
+                                    }
+                                    for c in 0..RUN {
+                                        let (w0, w1) = (weights(c, 0), weights(c, 1));
+                                        for i in 0..T {
+                                            let a = four(i, c);
+                                            sums[i] = [
+                                                multiply::add(sums[i][0], w0, a),
+                                                multiply::add(sums[i][1], w1, a),
+                                            ];
+                                        }
+                                    }
+                                    for i in 0..T {
+                                        dots[i] = [
+                                            multiply::close(dots[i][0], sums[i][0]),
+                                            multiply::close(dots[i][1], sums[i][1]),
+                                        ];
+                                    }
+                                }
+                            }
+                            let w_scale = panel.scale.as_ptr().add(g * PANEL_ROWS + row);
+                            let w_min = panel.min.as_ptr().add(g * PANEL_ROWS + row);
+                            for i in 0..T {
+                                let a_scale = *scale.add(i * (x.stride / 32) + g * G / 32);
+                                let a_sum = if MIN { a_scale * group_sum(i) as f32 } else { 0.0 };
+                                for h in 0..2 {
+                                    let at = acc.as_mut_ptr().add(i * PANEL_ROWS + row + 8 * h);
+                                    let w_scale = _mm256_loadu_ps(w_scale.add(8 * h));
+                                    let both = _mm256_mul_ps(w_scale, _mm256_set1_ps(a_scale));
+                                    let products = _mm256_cvtepi32_ps(dots[i][h]);
+                                    let mut total = _mm256_fmadd_ps(products, both, _mm256_loadu_ps(at));
+                                    if MIN {
+                                        let w_min = _mm256_loadu_ps(w_min.add(8 * h));
+                                        total = _mm256_fmadd_ps(w_min, _mm256_set1_ps(a_sum), total);
+                                    }
+                                    _mm256_storeu_ps(at, total);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+
+            const { assert!(multiply::TOKENS <= MAX_TOKENS) };
+            let mut t = 0;
+            while t < x.rows {
+                let n = (x.rows - t).min(multiply::TOKENS);
+                let acc = &mut acc[t * PANEL_ROWS..][..n * PANEL_ROWS];
+                match n {
+                    6 => tokens::<6>(panel, x, t, acc),
+                    5 => tokens::<5>(panel, x, t, acc),
+                    4 => tokens::<4>(panel, x, t, acc),
+                    3 => tokens::<3>(panel, x, t, acc),
+                    2 => tokens::<2>(panel, x, t, acc),
+                    _ => tokens::<1>(panel, x, t, acc),
+                }
+                t += n;
+            }
+        }
+    };
+}
+pub(in crate::kernels::x86) use instantiate;

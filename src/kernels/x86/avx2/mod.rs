@@ -1,0 +1,113 @@
+//! AVX2 with FMA and F16C. Its byte multiplication `maddubs` adds pairs of products of unsigned and
+//! signed bytes in 16 bits, with saturation: exact for weights of up to 6 bits, and for signed weights
+//! by their magnitude (at most 128: two products of 128 * 127 just fit).
+//!
+//! `avxvnni` is compiled from the same source with another `multiply`.
+
+pub(super) mod blocks;
+pub(super) mod dot;
+pub(super) mod gemm;
+
+use std::arch::x86_64::*;
+
+use crate::gguf::GgmlType;
+use crate::kernels::float::instantiate;
+use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+
+pub(in crate::kernels) static ISA: Isa = Isa {
+    name: "avx2",
+    needs: "AVX2 with FMA and F16C",
+    detect,
+    functions: Functions {
+        quantize,
+        dot,
+        unpack: dot::unpack,
+        interleave: gemm::interleave,
+        gemm,
+        float: &FLOAT,
+    },
+};
+
+/// Also what `avxvnni` builds on.
+pub(super) fn detect() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+}
+
+dot::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
+gemm::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
+
+/// Byte products in two steps: `add` sums them up in 16 bits and `close` adds those sums to a sum of
+/// 32 bits, from which [`open`](maddubs::open) began.
+mod maddubs {
+    use std::arch::x86_64::*;
+
+    /// Weights up to this are multiplied unsigned; beyond, two products might saturate.
+    pub const MAX: u8 = 63;
+    /// Tokens in the micro-kernel of `gemm`: two sums each, of 16 registers.
+    pub const TOKENS: usize = 4;
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn open(_sum: __m256i) -> __m256i {
+        _mm256_setzero_si256()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn add(sums: __m256i, w: __m256i, a: __m256i) -> __m256i {
+        _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn close(sum: __m256i, sums: __m256i) -> __m256i {
+        _mm256_add_epi32(sum, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
+    }
+}
+
+instantiate!(FLOAT, true, ["avx2", "fma", "f16c"], |b: &[u16; 16]| widen16(b));
+
+#[inline]
+#[target_feature(enable = "avx,f16c")]
+fn widen16(bits: &[u16; 16]) -> [f32; 16] {
+    let (low, high) = bits.split_at(8);
+    let mut wide = [0f32; 16];
+    for (bits, wide) in [low, high].into_iter().zip(wide.as_chunks_mut::<8>().0) {
+        // SAFETY: `bits` is 8 words, 16 readable bytes; the load has no alignment.
+        let half = unsafe { _mm_loadu_si128(bits.as_ptr().cast()) };
+        // SAFETY: `wide` is 32 writable bytes; the store has no alignment.
+        unsafe { _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(half)) };
+    }
+    wide
+}
+
+/// See `scalar::quantize`, with which the results are identical.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]) {
+    let blocks = x.as_chunks::<32>().0.iter().zip(q.as_chunks_mut::<32>().0);
+    for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum.as_chunks_mut::<2>().0)) {
+        // SAFETY: `x` is 32 floats.
+        let x: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
+        let size = x.map(|x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x));
+        let max8 = _mm256_max_ps(_mm256_max_ps(size[0], size[1]), _mm256_max_ps(size[2], size[3]));
+        let max4 = _mm_max_ps(_mm256_castps256_ps128(max8), _mm256_extractf128_ps::<1>(max8));
+        let max2 = _mm_max_ps(max4, _mm_movehl_ps(max4, max4));
+        let max = _mm_cvtss_f32(_mm_max_ss(max2, _mm_movehdup_ps(max2)));
+        let inverse = _mm256_set1_ps(if max > 1e-30 { 127.0 / max } else { 0.0 });
+        *scale = max / 127.0;
+        let n = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+        // Packing works in 128-bit lanes: the permutation puts its runs of four in order.
+        let words = [_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3])];
+        let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]), order);
+        // What is not a number became -128, which the sign trick could not negate.
+        let bytes = _mm256_max_epi8(bytes, _mm256_set1_epi8(-127));
+        let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+        let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+        let eights = _mm256_hadd_epi32(fours, fours);
+        let sums = _mm256_hadd_epi32(eights, eights);
+        *sum = [_mm256_extract_epi32::<0>(sums), _mm256_extract_epi32::<4>(sums)];
+        // SAFETY: `q` is 32 bytes.
+        unsafe { _mm256_storeu_si256(q.as_mut_ptr().cast(), bytes) };
+    }
+}

@@ -1,0 +1,85 @@
+//! AVX-VNNI: the source of `avx2`, compiled with `vpdpbusd`, which adds four products of unsigned and
+//! signed bytes to each 32-bit lane exactly.
+
+use std::arch::x86_64::*;
+
+use crate::gguf::GgmlType;
+use crate::kernels::x86::avx2;
+use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+
+pub(in crate::kernels) static ISA: Isa = Isa {
+    name: "avxvnni",
+    needs: "AVX-VNNI with AVX2, FMA and F16C",
+    detect: || avx2::detect() && is_x86_feature_detected!("avxvnni"),
+    functions: Functions {
+        quantize: avx2::quantize,
+        dot,
+        unpack: avx2::dot::unpack,
+        interleave: avx2::gemm::interleave,
+        gemm,
+        float: &avx2::FLOAT,
+    },
+};
+
+avx2::dot::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
+avx2::gemm::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
+
+/// The functions of `avx2::maddubs` in one step: products go to the sum of 32 bits at once.
+macro_rules! dpbusd {
+    ($features:literal, $instruction:ident) => {
+        mod dpbusd {
+            use std::arch::x86_64::*;
+
+            pub const MAX: u8 = 255;
+            /// Without sums of 16 bits more tokens fit the registers.
+            pub const TOKENS: usize = 6;
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub fn open(sum: __m256i) -> __m256i {
+                sum
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub fn add(sum: __m256i, w: __m256i, a: __m256i) -> __m256i {
+                $instruction(sum, w, a)
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub fn close(_sum: __m256i, sum: __m256i) -> __m256i {
+                sum
+            }
+        }
+    };
+}
+
+dpbusd!("avx2,avxvnni", _mm256_dpbusd_avx_epi32);
+
+/// The same with the EVEX encoding of the instruction, so that the source of this row is also tested
+/// on the CPUs with AVX-512 that lack AVX-VNNI.
+#[cfg(test)]
+pub(in crate::kernels) mod evex {
+    use super::*;
+
+    pub static ISA: Isa = Isa {
+        name: "avx512vl",
+        needs: "AVX-512 VL with VNNI (tests only)",
+        detect: || {
+            avx2::detect() && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
+        },
+        functions: Functions {
+            quantize: avx2::quantize,
+            dot,
+            unpack: avx2::dot::unpack,
+            interleave: avx2::gemm::interleave,
+            gemm,
+            float: &avx2::FLOAT,
+        },
+    };
+
+    avx2::dot::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
+    avx2::gemm::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
+    dpbusd!("avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32);
+}
