@@ -154,7 +154,7 @@ pub(super) struct SkipArgs {
     /// Tokens that run in full first [default: 25]
     #[arg(long, value_name = "N", help_heading = "Skipping")]
     pub skip_warmup: Option<usize>,
-    /// First layer that may be skipped and the one after the last [default: all but the first and the last]
+    /// First layer that may be skipped and the one after the last [default: all but the first and the last two]
     #[arg(long, value_name = "S,E", help_heading = "Skipping", value_parser = pair)]
     pub skip_cold: Option<(usize, usize)>,
     /// Skip in the prompt too, after the warm-up

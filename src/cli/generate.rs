@@ -73,8 +73,9 @@ pub(super) fn evaluate_prompt(
     }
     let bar = progress_bar(
         tokens.len(),
-        "prompt {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left",
-        options.quiet,
+        "prompt {wide_bar} {pos}/{len} tokens, {eta} left",
+        // A bar that is gone at once only flickers.
+        options.quiet || tokens.len() <= session.state_mut().batch(),
     );
     let mut stopped = false;
     session.prompt(tokens, |done, _| {
@@ -192,6 +193,8 @@ impl Statistics {
     pub fn of(session: &mut Session<'_>, seed: Option<u64>, ended: Ended, by_layer: bool) -> Self {
         let Times { prompt_tokens, prompt_time, generated_tokens, generation_time } = session.times();
         let skipped = session.skip_stats().share();
+        let layers = session.engine().model().layers();
+        let bytes_skipped = session.skip_stats().weighted_share(|layer| layers[layer].ffn.bytes() as u64);
         Self {
             prompt_tokens,
             prompt_seconds: prompt_time.as_secs_f64(),
@@ -200,8 +203,7 @@ impl Statistics {
             generated_seconds: generation_time.as_secs_f64(),
             generated_tokens_per_second: rate(generated_tokens, generation_time),
             ffn_skipped: skipped,
-            // All FFNs of a model are of one size.
-            ffn_bytes_skipped: skipped,
+            ffn_bytes_skipped: bytes_skipped,
             skipped_by_layer: by_layer.then(|| session.skip_stats().share_by_layer()),
             skip: session.state_mut().policy_name(),
             kernel: session.engine().kernels().name(),
