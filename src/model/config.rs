@@ -213,10 +213,10 @@ impl Keys<'_> {
             None | Some("linear") => Ok(RopeScaling::Linear { factor }),
             Some("yarn") => Ok(RopeScaling::Yarn {
                 factor,
-                original_context: self
-                    .opt_f32("rope.scaling.original_context_length")?
-                    .or(self.opt_f32("context_length")?)
-                    .unwrap_or(2048.0),
+                original_context: match self.opt_shape("rope.scaling.original_context_length")? {
+                    Some(n) => n as f32,
+                    None => self.opt_shape("context_length")?.unwrap_or(2048) as f32,
+                },
                 attention_factor: self.opt_f32("rope.scaling.attn_factor")?.unwrap_or(1.0),
                 beta_fast: self.opt_f32("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: self.opt_f32("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),

@@ -1,6 +1,8 @@
 //! What several test files share.
 #![allow(dead_code)] // no test file uses all of it
 
+pub mod models;
+
 use std::path::PathBuf;
 
 /// The default model, pulled if need be. Where it cannot be had this says so loudly and returns `None`;
@@ -19,4 +21,9 @@ pub fn smollm2() -> Option<PathBuf> {
             None
         }
     }
+}
+
+/// Path of a file in `tests/data`.
+pub fn data(name: &str) -> PathBuf {
+    [env!("CARGO_MANIFEST_DIR"), "tests", "data", name].iter().collect()
 }

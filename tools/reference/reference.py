@@ -19,7 +19,8 @@ BATCH = 8  # windows evaluated together: each layer's weights are decoded once f
 class Model:
     """Metadata and tensors of a GGUF. Tensors are decoded when asked for, and kept only with `keep`."""
 
-    def __init__(self, path, keep=False):
+    def __init__(self, path, keep=False, half_cache=False):
+        self.half_cache = half_cache  # keys and values rounded to f16, as a cache stores them
         reader = GGUFReader(path)
         self.fields = reader.fields
         self.tensors = {t.name: t for t in reader.tensors}
@@ -85,8 +86,8 @@ def rope_table(model, length):
     factors = model.tensor("rope_freqs.weight")
     if factors is not None:
         frequency = frequency / factors
-    kind = model.hyper("rope.scaling.type", "none")
-    factor = model.hyper("rope.scaling.factor", 1.0) or 1.0
+    kind = model.hyper("rope.scaling.type", "linear")  # older files have the factor alone
+    factor = model.hyper("rope.scaling.factor", model.hyper("rope.scale_linear")) or 1.0
     magnitude = model.hyper("rope.scaling.attn_factor", 1.0)
     if kind == "linear":
         frequency = frequency / factor
@@ -127,6 +128,8 @@ def attend(model, q, k, v, table):
     q = rope(q.reshape(n, model.heads, d), table, interleaved)
     k = rope(k.reshape(n, model.kv_heads, d), table, interleaved)
     v = v.reshape(n, model.kv_heads, -1)
+    if model.half_cache:
+        k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
     future = np.triu(np.full((n, n), -np.inf, np.float32), 1)
     out = np.empty((n, model.heads, v.shape[-1]), np.float32)
     for head in range(model.heads):

@@ -1,0 +1,101 @@
+//! Decoding allocates nothing: every buffer of a step is made with the state.
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use common::models::{ModelFile, WIDE};
+use skiff::gguf::GgmlType;
+use skiff::kernels::Kernels;
+use skiff::model::{FfnStep, KvType, Model, State};
+use skiff::ops::Compute;
+use skiff::skip::{FfnSkip, Never, SkipPolicy};
+use skiff::threads::Team;
+
+/// Allocations and growths of all threads, so far.
+static COUNT: AtomicUsize = AtomicUsize::new(0);
+
+struct Counting;
+
+// SAFETY: every call goes to the system allocator unchanged; counting touches no memory of theirs.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, ptr: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        COUNT.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: the caller keeps the contract of `realloc`.
+        unsafe { System.realloc(ptr, layout, new_size) }
+    }
+
+    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(ptr, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Positions enough to fill several tiles of attention.
+const CONTEXT: usize = 400;
+
+/// Allocations of decoding `CONTEXT - 3` tokens after a prompt of one token and two warm-up steps.
+fn decode(model: &Model, on: Compute<'_>, kv: KvType, policy: Box<dyn SkipPolicy>) -> usize {
+    let mut state = State::new(model, on.team, (CONTEXT, 64), kv, policy);
+    let mut token = 1;
+    let mut step = |state: &mut State, step: FfnStep| {
+        model.forward(on, state, &[token], step).unwrap();
+        let row = state.last_row().unwrap();
+        let logits = model.logits(on, state, row);
+        token = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b])).unwrap() as u32;
+    };
+    step(&mut state, FfnStep::Full);
+    for index in 0..2 {
+        step(&mut state, FfnStep::Governed { index });
+    }
+    let before = COUNT.load(Ordering::SeqCst);
+    for index in 2..CONTEXT - 1 {
+        step(&mut state, FfnStep::Governed { index });
+    }
+    COUNT.load(Ordering::SeqCst) - before
+}
+
+/// One test, not several: others in this process would be counted too.
+#[test]
+fn decoding_allocates_nothing() {
+    let before = COUNT.load(Ordering::SeqCst);
+    drop(std::hint::black_box(vec![0u8; 100]));
+    assert_eq!(COUNT.load(Ordering::SeqCst) - before, 1, "the count works");
+    let mut failures = Vec::new();
+    for ty in [GgmlType::Q4_1, GgmlType::Q6_K, GgmlType::F16] {
+        let model = ModelFile::llama(WIDE, ty).load().unwrap();
+        for threads in [1, 2, 3] {
+            let team = Team::new(threads).unwrap();
+            for kernels in Kernels::available().filter(|k| k.name() != "scalar" || threads == 1) {
+                for kv in [KvType::F16, KvType::Q8_0] {
+                    let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
+                    let policies: [Box<dyn SkipPolicy>; 2] = [Box::new(Never), Box::new(skip)];
+                    for policy in policies {
+                        let name = policy.name();
+                        let n = decode(&model, Compute { team: &team, kernels }, kv, policy);
+                        if n != 0 {
+                            failures.push(format!("{ty} {kernels:?} threads {threads} {kv:?} {name}: {n}"));
+                        }
+                    }
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "allocations while decoding: {failures:#?}");
+}

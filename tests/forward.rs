@@ -1,0 +1,493 @@
+//! The forward pass: equal to the exact reference on tiny models, and equal to itself however a sequence is cut
+//! into steps, threads and kernels.
+
+mod common;
+
+use std::sync::OnceLock;
+
+use common::models::{ModelFile, SMALL, Shape, WIDE};
+use skiff::gguf::GgmlType;
+use skiff::kernels::Kernels;
+use skiff::model::{FfnStep, KvType, Model, ModelError, State};
+use skiff::ops::Compute;
+use skiff::skip::{Decision, FfnSkip, Never, SkipPolicy};
+use skiff::threads::Team;
+
+const GOVERNED: FfnStep = FfnStep::Governed { index: 0 };
+
+/// What a sequence is evaluated with. `batches`: sizes of the steps, repeated until the tokens are used up.
+struct Run<'a> {
+    model: &'a Model,
+    kernels: Kernels,
+    threads: usize,
+    kv: KvType,
+    batches: &'a [usize],
+    policy: Box<dyn SkipPolicy>,
+    step: FfnStep,
+}
+
+impl<'a> Run<'a> {
+    fn new(model: &'a Model) -> Self {
+        Self {
+            model,
+            kernels: best(),
+            threads: 1,
+            kv: KvType::F16,
+            batches: &[512],
+            policy: Box::new(Never),
+            step: FfnStep::Full,
+        }
+    }
+
+    /// Logits of every position, `[tokens][vocab]`.
+    fn logits(self, tokens: &[u32]) -> Vec<f32> {
+        let team = Team::new(self.threads).unwrap();
+        let on = Compute { team: &team, kernels: self.kernels };
+        let mut state = State::new(self.model, &team, (tokens.len(), 512), self.kv, self.policy);
+        let mut out = Vec::new();
+        let mut rest = tokens;
+        for &n in self.batches.iter().cycle() {
+            let (now, later) = rest.split_at(n.min(rest.len()));
+            out.extend(step(self.model, on, &mut state, now, self.step));
+            rest = later;
+            if rest.is_empty() {
+                break;
+            }
+        }
+        out
+    }
+}
+
+/// Evaluates one step and returns the logits of its rows.
+fn step(model: &Model, on: Compute<'_>, state: &mut State, tokens: &[u32], step: FfnStep) -> Vec<f32> {
+    model.forward(on, state, tokens, step).unwrap();
+    let mut out = vec![0.0; tokens.len() * model.config().vocab];
+    model.logits_of(on, state, 0..tokens.len(), &mut out);
+    out
+}
+
+fn best() -> Kernels {
+    Kernels::available().next().unwrap()
+}
+
+fn small(ty: GgmlType) -> Model {
+    ModelFile::llama(SMALL, ty).load().unwrap()
+}
+
+/// A quantised model: the path of real models, with integer kernels.
+fn quantised() -> &'static Model {
+    static MODEL: OnceLock<Model> = OnceLock::new();
+    MODEL.get_or_init(|| ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap())
+}
+
+fn ids(n: usize, vocab: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i * 37 + i * i / 3 + 5) % vocab) as u32).collect()
+}
+
+/// Largest difference, in units of the root mean square of `want`.
+fn distance(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    let rms = (want.iter().map(|w| w * w).sum::<f32>() / want.len() as f32).sqrt();
+    got.iter()
+        .zip(want)
+        .map(|(g, w)| if g.is_nan() { f32::INFINITY } else { (g - w).abs() })
+        .fold(0.0, f32::max)
+        / rms
+}
+
+/// Root mean square of the difference, in the same units. Where activations are rounded to 8 bits a difference
+/// in the last bit may tip a rounding, so the largest difference is up to chance; this is not.
+fn mean_distance(got: &[f32], want: &[f32]) -> f32 {
+    assert_eq!(got.len(), want.len());
+    let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x) * f64::from(x)).sum::<f64>();
+    let difference = square(&mut got.iter().zip(want).map(|(g, w)| g - w));
+    let distance = (difference / square(&mut want.iter().copied())).sqrt();
+    if distance.is_nan() { f32::INFINITY } else { distance as f32 }
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|v| v.to_bits()).collect()
+}
+
+// ---- against the reference
+
+const GOLDENS: [&str; 6] = ["llama", "linear", "yarn", "rope_freqs", "key_length", "qwen2"];
+
+/// Weights and cache are f16 on both sides and activations f32, so nothing differs but the order of sums: some
+/// 2e-5. But where that tips the rounding of a single key or value, the layers carry its 2^-11 to up to 9e-4 of
+/// the logits (measured over all models, kernels and steps); twice that is the bound.
+const GOLDEN_TOLERANCE: f32 = 2e-3;
+
+fn golden_ids() -> Vec<u32> {
+    let text = std::fs::read_to_string(common::data("models/ids.json")).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+fn golden_logits(name: &str) -> Vec<f32> {
+    let bytes = std::fs::read(common::data(&format!("models/{name}.logits"))).unwrap();
+    bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+}
+
+fn golden_model(name: &str) -> Model {
+    Model::load(&common::data(&format!("models/{name}.gguf"))).unwrap()
+}
+
+#[test]
+fn logits_equal_those_of_the_reference() {
+    let ids = golden_ids();
+    let mut failures = Vec::new();
+    for name in GOLDENS {
+        let (model, want) = (golden_model(name), golden_logits(name));
+        for kernels in Kernels::available() {
+            for threads in [1, 3] {
+                for batches in [&[512][..], &[1], &[7]] {
+                    let got = Run { kernels, threads, batches, ..Run::new(&model) }.logits(&ids);
+                    let distance = distance(&got, &want);
+                    if distance > GOLDEN_TOLERANCE {
+                        failures
+                            .push(format!("{name} {kernels:?} threads {threads} {batches:?}: {distance}"));
+                    }
+                }
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// Every golden differs from the same weights without its feature, so a feature that is ignored cannot pass.
+#[test]
+fn goldens_tell_their_feature() {
+    let ids = golden_ids();
+    for (name, key) in [("linear", "llama.rope.scaling.factor"), ("yarn", "llama.rope.scaling.attn_factor")] {
+        let bytes = std::fs::read(common::data(&format!("models/{name}.gguf"))).unwrap();
+        let at = bytes.windows(key.len()).position(|w| w == key.as_bytes()).unwrap() + key.len() + 4;
+        let mut other = bytes;
+        other[at..at + 4].copy_from_slice(&1.5f32.to_le_bytes());
+        let model = common::models::load_bytes(&other).unwrap();
+        let distance = distance(&Run::new(&model).logits(&ids), &golden_logits(name));
+        assert!(distance > 10.0 * GOLDEN_TOLERANCE, "{name}: {distance}");
+    }
+}
+
+// ---- against itself
+
+/// Steps of any size see the same numbers in another order of summation.
+const CUT_TOLERANCE: f32 = 1e-3;
+
+#[test]
+fn steps_of_any_size_agree() {
+    for model in [&small(GgmlType::F16), &small(GgmlType::F32)] {
+        let ids = ids(40, model.config().vocab);
+        for kernels in Kernels::available() {
+            let whole = Run { kernels, ..Run::new(model) }.logits(&ids);
+            for batches in [&[1][..], &[7], &[1, 4, 5, 2]] {
+                let cut = Run { kernels, batches, ..Run::new(model) }.logits(&ids);
+                let distance = distance(&cut, &whole);
+                assert!(distance < CUT_TOLERANCE, "{kernels:?} {batches:?}: {distance}");
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_do_not_change_a_bit() {
+    for model in [&small(GgmlType::F16), quantised()] {
+        let ids = ids(33, model.config().vocab);
+        for kernels in Kernels::available() {
+            for kv in [KvType::F16, KvType::Q8_0] {
+                for batches in [&[512][..], &[1], &[7]] {
+                    let run = |threads| Run { kernels, threads, batches, kv, ..Run::new(model) }.logits(&ids);
+                    let one = bits(&run(1));
+                    for threads in [2, 3] {
+                        assert!(one == bits(&run(threads)), "{kernels:?} {kv:?} {batches:?} on {threads}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_cache_of_8_bits_is_close() {
+    let model = quantised();
+    let ids = ids(40, model.config().vocab);
+    let full = Run::new(model).logits(&ids);
+    for batches in [&[512][..], &[1]] {
+        let q8 = Run { kv: KvType::Q8_0, batches, ..Run::new(model) }.logits(&ids);
+        let distance = mean_distance(&q8, &full);
+        // Not equal: the option must do something. Close: 8 bits in blocks of 32 are 0.4 % of the largest.
+        assert!((1e-4..0.1).contains(&distance), "{batches:?}: {distance}");
+    }
+}
+
+/// Each type's whole path - embedding rows, stacked q/k/v, SwiGLU, residual adds, output - by `dot` (one token)
+/// and by `gemm` (a prompt). Both compute with the same quantised activations, but attention sums in another
+/// order, and what that flips in the next layer's rounding of activations to 8 bits is the tolerance.
+#[test]
+fn every_type_runs_a_model_by_dot_and_by_gemm() {
+    let mut failures = Vec::new();
+    for ty in GgmlType::all() {
+        let model = ModelFile::llama(WIDE, ty).load().unwrap();
+        let ids = ids(12, model.config().vocab);
+        for kernels in Kernels::available() {
+            let whole = Run { kernels, ..Run::new(&model) }.logits(&ids);
+            let single = Run { kernels, batches: &[1], ..Run::new(&model) }.logits(&ids);
+            let distance = mean_distance(&single, &whole);
+            if distance > 0.02 {
+                failures.push(format!("{ty} {kernels:?}: {distance}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+/// The same weights, dequantised to f32 and run without activation quantisation, bound what the integer path
+/// of a type loses: 2 % of the logits, whatever the type, for it is the activations' 8 bits that lose it.
+#[test]
+fn every_type_is_near_its_own_weights_in_f32() {
+    let mut failures = Vec::new();
+    for ty in GgmlType::all() {
+        let file = ModelFile::llama(WIDE, ty);
+        let (model, exact) = (file.load().unwrap(), file.in_f32().load().unwrap());
+        let ids = ids(12, model.config().vocab);
+        let want = Run::new(&exact).logits(&ids);
+        for kernels in Kernels::available() {
+            let distance = mean_distance(&Run { kernels, ..Run::new(&model) }.logits(&ids), &want);
+            if distance > 0.03 {
+                failures.push(format!("{ty} {kernels:?}: {distance}"));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+// ---- the sequence's state
+
+#[test]
+fn a_truncated_sequence_continues_like_a_fresh_one() {
+    let model = quantised();
+    let ids = ids(30, model.config().vocab);
+    let team = Team::new(2).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    for kv in [KvType::F16, KvType::Q8_0] {
+        let fresh = || State::new(model, &team, (64, 64), kv, Box::new(Never));
+        let mut state = fresh();
+        step(model, on, &mut state, &ids[..20], FfnStep::Full);
+        step(model, on, &mut state, &[7, 8, 9], FfnStep::Full);
+        state.truncate(20);
+        assert_eq!((state.position(), state.last_row()), (20, None));
+        let continued = step(model, on, &mut state, &ids[20..], FfnStep::Full);
+        let mut other = fresh();
+        step(model, on, &mut other, &ids[..20], FfnStep::Full);
+        let want = step(model, on, &mut other, &ids[20..], FfnStep::Full);
+        assert!(bits(&continued) == bits(&want), "{kv:?}");
+        state.truncate(0);
+        let again = step(model, on, &mut state, &ids[..20], FfnStep::Full);
+        assert!(bits(&again) == bits(&step(model, on, &mut fresh(), &ids[..20], FfnStep::Full)), "{kv:?}");
+    }
+}
+
+/// With one layer keys and values depend on their token alone, so what a shift leaves must be what a fresh
+/// evaluation of the remaining tokens gives - if the keys were turned back by the right angle.
+#[test]
+fn a_context_shift_equals_a_fresh_evaluation_for_one_layer() {
+    let mut yarn = ModelFile::llama(Shape { layers: 1, ..WIDE }, GgmlType::F16);
+    yarn.set_key("llama.rope.scaling.type", "yarn");
+    yarn.set_key("llama.rope.scaling.factor", 4f32);
+    let plain = ModelFile::llama(Shape { layers: 1, ..WIDE }, GgmlType::F16);
+    for (file, kv, tolerance) in
+        [(&plain, KvType::F16, 5e-3), (&yarn, KvType::F16, 5e-3), (&plain, KvType::Q8_0, 0.1)]
+    {
+        let model = file.load().unwrap();
+        let team = Team::new(2).unwrap();
+        let on = Compute { team: &team, kernels: best() };
+        let ids = ids(40, model.config().vocab);
+        let (keep, drop) = (4, 15);
+        let mut state = State::new(&model, &team, (40, 40), kv, Box::new(Never));
+        step(&model, on, &mut state, &ids, FfnStep::Full);
+        state.shift(&model, on, keep, drop).unwrap();
+        assert_eq!(state.position(), 25);
+        let got = step(&model, on, &mut state, &[3], FfnStep::Full);
+        let rest = [&ids[..keep], &ids[keep + drop..], &[3]].concat();
+        let want = Run { kv, ..Run::new(&model) }.logits(&rest);
+        let last = &want[want.len() - got.len()..];
+        let distance = mean_distance(&got, last);
+        assert!(distance < tolerance, "{kv:?}: {distance}");
+        // The test can tell: keys left at their old angles would be far off.
+        let unshifted = Run { kv, ..Run::new(&model) }.logits(&[&ids[..], &[3]].concat());
+        assert!(mean_distance(&unshifted[unshifted.len() - got.len()..], last) > 2.0 * tolerance);
+    }
+}
+
+#[test]
+fn a_full_context_and_a_wrong_token_are_errors_that_change_nothing() {
+    let model = small(GgmlType::F16);
+    let team = Team::new(1).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let mut state = State::new(&model, &team, (8, 8), KvType::F16, Box::new(Never));
+    model.forward(on, &mut state, &[1, 2, 3, 4, 5, 6], FfnStep::Full).unwrap();
+    match model.forward(on, &mut state, &[1, 2, 3], FfnStep::Full) {
+        Err(ModelError::ContextFull { needed: 9, context: 8 }) => {}
+        other => panic!("{other:?}"),
+    }
+    match model.forward(on, &mut state, &[1, 96], FfnStep::Full) {
+        Err(ModelError::TokenId { id: 96, position: 7, vocab: 96 }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert!(model.forward(on, &mut state, &[u32::MAX], FfnStep::Full).is_err());
+    assert_eq!(state.position(), 6);
+    let after = step(&model, on, &mut state, &[7, 8], FfnStep::Full);
+    let fresh = Run::new(&model).logits(&[1, 2, 3, 4, 5, 6, 7, 8]);
+    assert!(distance(&after, &fresh[6 * 96..]) < CUT_TOLERANCE);
+}
+
+// ---- skipping
+
+/// Skips the FFN of one layer for the tokens that `tokens` lists (all, if it is `None`).
+#[derive(Clone)]
+struct SkipLayer {
+    layer: usize,
+    tokens: Option<Vec<usize>>,
+    now: usize,
+}
+
+impl SkipLayer {
+    fn boxed(layer: usize, tokens: Option<&[usize]>) -> Box<dyn SkipPolicy> {
+        Box::new(Self { layer, tokens: tokens.map(<[_]>::to_vec), now: 0 })
+    }
+}
+
+impl SkipPolicy for SkipLayer {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+    fn begin_token(&mut self, index: usize) {
+        self.now = index;
+    }
+    fn decide(&mut self, layer: usize) -> Decision {
+        let governed = self.tokens.as_ref().is_none_or(|tokens| tokens.contains(&self.now));
+        if layer == self.layer && governed { Decision::Skip } else { Decision::Run }
+    }
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}
+
+#[test]
+fn a_policy_that_skips_nothing_changes_no_bit() {
+    for model in [&small(GgmlType::F16), quantised()] {
+        let ids = ids(33, model.config().vocab);
+        for kernels in Kernels::available() {
+            for batches in [&[512][..], &[1], &[7]] {
+                let run = |policy, step| {
+                    bits(&Run { kernels, batches, policy, step, ..Run::new(model) }.logits(&ids))
+                };
+                let none = run(Box::new(Never), FfnStep::Full);
+                assert!(none == run(Box::new(Never), GOVERNED), "{kernels:?} {batches:?}: off");
+                // Measures every cosine and never fires: a cosine does not exceed 1 by this much.
+                let layers = model.config().layers;
+                let silent = FfnSkip::new(1.01, 1, 0, (0, layers));
+                assert!(none == run(Box::new(silent), GOVERNED), "{kernels:?} {batches:?}: silent");
+                let warming = FfnSkip::new(-1.0, 1, 1000, (0, layers));
+                assert!(none == run(Box::new(warming), GOVERNED), "{kernels:?} {batches:?}: warm-up");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_weights_of_a_skipped_ffn_are_not_read() {
+    let mut file = ModelFile::llama(SMALL, GgmlType::F16);
+    for part in ["ffn_gate", "ffn_up", "ffn_down", "ffn_norm"] {
+        file.fill_tensor(&format!("blk.1.{part}.weight"), f32::NAN);
+    }
+    let model = file.load().unwrap();
+    let ids = ids(9, SMALL.vocab);
+    for batches in [&[512][..], &[1]] {
+        let policy = SkipLayer::boxed(1, None);
+        let skipped = Run { batches, policy, step: GOVERNED, ..Run::new(&model) }.logits(&ids);
+        assert!(skipped.iter().all(|l| l.is_finite()), "{batches:?}");
+        let policy = SkipLayer::boxed(2, None);
+        let run = Run { batches, policy, step: GOVERNED, ..Run::new(&model) }.logits(&ids);
+        assert!(run.iter().all(|l| l.is_nan()), "{batches:?}");
+        let full = Run { batches, policy: SkipLayer::boxed(1, None), ..Run::new(&model) }.logits(&ids);
+        assert!(full.iter().all(|l| l.is_nan()), "a full step asks no policy: {batches:?}");
+    }
+}
+
+/// A skipped FFN leaves the stream as it was: the same as an FFN whose output matrix is zero.
+#[test]
+fn a_skipped_ffn_adds_nothing() {
+    let file = ModelFile::llama(SMALL, GgmlType::F32);
+    let mut without = file.clone();
+    without.fill_tensor("blk.1.ffn_down.weight", 0.0);
+    let (model, without) = (file.load().unwrap(), without.load().unwrap());
+    let ids = ids(20, SMALL.vocab);
+    let want = Run::new(&without).logits(&ids);
+    let got = Run { policy: SkipLayer::boxed(1, None), step: GOVERNED, ..Run::new(&model) }.logits(&ids);
+    assert!(bits(&got) == bits(&want));
+    assert!(distance(&Run::new(&model).logits(&ids), &want) > 0.1, "that FFN matters in this model");
+}
+
+/// Rows that run are compacted for the FFN: each token must get what it would have got alone.
+#[test]
+fn tokens_of_one_step_skip_independently() {
+    for model in [&small(GgmlType::F32), quantised()] {
+        let vocab = model.config().vocab;
+        let ids = ids(16, vocab);
+        for skipping in [&[0, 3, 4, 9, 15][..], &[15], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14]] {
+            for kernels in Kernels::available() {
+                let team = Team::new(2).unwrap();
+                let on = Compute { team: &team, kernels };
+                let mut state =
+                    State::new(model, &team, (16, 16), KvType::F16, SkipLayer::boxed(1, Some(skipping)));
+                let together = step(model, on, &mut state, &ids, GOVERNED);
+                let share = skipping.len() as f64 / 16.0;
+                assert_eq!(state.stats().share_by_layer()[..2], [0.0, share]);
+
+                let mut single =
+                    State::new(model, &team, (16, 16), KvType::F16, SkipLayer::boxed(1, Some(skipping)));
+                let alone: Vec<f32> = (0..ids.len())
+                    .flat_map(|i| step(model, on, &mut single, &ids[i..=i], FfnStep::Governed { index: i }))
+                    .collect();
+                assert_eq!(state.stats().share_by_layer(), single.stats().share_by_layer());
+                let full = Run { kernels, ..Run::new(model) }.logits(&ids);
+                assert!(distance(&together, &full) > 0.1, "skipping shows");
+                let distance = mean_distance(&together, &alone);
+                assert!(distance < 0.03, "{kernels:?} {skipping:?}: {distance}");
+            }
+        }
+    }
+}
+
+/// The cosines that the rule sees are those of the residual stream before and after the FFN.
+#[test]
+fn cosines_are_those_of_the_stream() {
+    let mut file = ModelFile::llama(SMALL, GgmlType::F32);
+    // The FFN of layer 1 adds nothing: its cosine is 1. Layer 0's is measured against the streams themselves.
+    file.fill_tensor("blk.1.ffn_down.weight", 0.0);
+    let model = file.load().unwrap();
+    let team = Team::new(1).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let mut state = State::new(&model, &team, (8, 8), KvType::F16, Box::new(Never));
+    state.measure_cosines(true);
+    step(&model, on, &mut state, &[5], GOVERNED);
+    let cosines = state.stats().mean_cosines();
+    assert!((cosines[1].unwrap() - 1.0).abs() < 1e-6, "{cosines:?}");
+    // The stream after layer 0 with and without its FFN, by cutting the model to one layer.
+    let stream = |file: &ModelFile| {
+        let mut file = file.clone();
+        file.set_key("llama.block_count", 1u32);
+        let model = file.load().unwrap();
+        let mut state = State::new(&model, &team, (8, 8), KvType::F16, Box::new(Never));
+        model.forward(on, &mut state, &[5], FfnStep::Full).unwrap();
+        state.stream()[..SMALL.embedding].to_vec()
+    };
+    let after = stream(&file);
+    file.fill_tensor("blk.0.ffn_down.weight", 0.0);
+    let before = stream(&file);
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let want = dot(&before, &after) / (dot(&before, &before) * dot(&after, &after)).sqrt();
+    assert!(want < 0.999, "an FFN that turns the stream");
+    assert!((cosines[0].unwrap() - want).abs() < 1e-5, "{cosines:?} {want}");
+}
