@@ -194,10 +194,9 @@ impl State {
     fn end_step(&mut self, n: usize, step: FfnStep) {
         self.position += n;
         self.last_row = Some(n - 1);
-        if step != FfnStep::Full && n > 1 {
-            if let Some(last) = self.scratch.policies.pop() {
-                self.policy = last;
-            }
+        let governed_together = step != FfnStep::Full && n > 1;
+        if let Some(last) = self.scratch.policies.pop().filter(|_| governed_together) {
+            self.policy = last;
         }
     }
 

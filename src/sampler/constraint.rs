@@ -196,7 +196,8 @@ impl Constraint {
     /// Output that is JSON and valid under `schema`.
     pub fn json_schema(schema: &str, table: &TokenTable) -> Result<Self, ConstraintError> {
         check_length(schema)?;
-        let schema = serde_json::from_str(schema).map_err(|e| ConstraintError::Schema(e.to_string()))?;
+        let mut schema = serde_json::from_str(schema).map_err(|e| ConstraintError::Schema(e.to_string()))?;
+        bound_whitespace(&mut schema);
         Self::compile(TopLevelGrammar::from_json_schema(schema), table, ConstraintError::Schema)
     }
 
@@ -294,6 +295,16 @@ fn nesting(text: &str) -> usize {
         deepest = deepest.max(depth);
     }
     deepest
+}
+
+/// Allows a line break and an indentation between elements, but no more: a small model that is free to
+/// write white space may never come to the next key. A schema with options of its own keeps them.
+fn bound_whitespace(schema: &mut serde_json::Value) {
+    if let Some(object) = schema.as_object_mut() {
+        object
+            .entry("x-guidance")
+            .or_insert_with(|| serde_json::json!({ "whitespace_pattern": r"\n?[ ]{0,16}" }));
+    }
 }
 
 fn compile_on_own_stack(grammar: TopLevelGrammar, table: &TokenTable) -> Result<TokenParser, String> {
