@@ -228,13 +228,12 @@ impl Statistics {
             self.generated_tokens_per_second,
             self.ended.in_words()
         ));
-        if self.skip != "off" {
-            note(&format!(
-                "skipped    {:>6.1} % of the FFN blocks ({})",
-                100.0 * self.ffn_skipped,
-                self.skip
-            ));
-        }
+        note(&format!(
+            "skipped    {:>6.1} % of the FFN blocks, {:.1} % of their bytes (--skip {})",
+            100.0 * self.ffn_skipped,
+            100.0 * self.ffn_bytes_skipped,
+            self.skip
+        ));
         note(&format!(
             "ran on     kernel {}, threads {}, context {} of {}",
             self.kernel, self.threads, self.context_used, self.context
