@@ -3,6 +3,7 @@
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::models::{ModelFile, WIDE};
@@ -82,6 +83,9 @@ fn decoding_allocates_nothing() {
         let model = ModelFile::llama(WIDE, ty).load().unwrap();
         for threads in [1, 2] {
             let team = Team::new(threads).unwrap();
+            // Threads allocate as they start: each must hold a chunk before counting begins.
+            let all_here = Barrier::new(threads);
+            team.run(threads, |_, _| _ = all_here.wait());
             for kernels in Kernels::available().filter(|k| k.name() != "scalar" || threads == 1) {
                 for kv in [KvType::F16, KvType::Q8_0] {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
