@@ -64,6 +64,8 @@ pub enum RopeScaling {
 
 /// Largest sane value of a shape: keeps every product of three of them within 64 bits.
 const MAX_SHAPE: usize = 1 << 20;
+/// Columns of activations that are quantised together (`kernels::activations::BLOCK`).
+const ACTIVATION_BLOCK: usize = 32;
 
 impl Config {
     /// Reads and checks the metadata of a model.
@@ -93,10 +95,7 @@ impl Config {
                 "a divisor of the head count",
             ));
         }
-        let head_dim = keys.opt_shape("attention.key_length")?.unwrap_or(embedding / heads);
-        if head_dim == 0 || head_dim % 2 != 0 {
-            return Err(unexpected(keys.key("attention.key_length"), head_dim, "a positive even number"));
-        }
+        let head_dim = keys.head_dim(embedding, heads)?;
         if let Some(value) = keys.opt_shape("attention.value_length")?.filter(|&v| v != head_dim) {
             return Err(unexpected(keys.key("attention.value_length"), value, "the key length"));
         }
@@ -108,11 +107,15 @@ impl Config {
                 "between 0 and 1",
             ));
         }
+        let ffn = keys.shape("feed_forward_length")?;
+        keys.whole_blocks("embedding_length", embedding)?;
+        keys.whole_blocks("feed_forward_length", ffn)?;
+        keys.whole_blocks("attention.key_length", heads * head_dim)?;
         Ok(Self {
             architecture,
             layers: keys.shape("block_count")?,
             embedding,
-            ffn: keys.shape("feed_forward_length")?,
+            ffn,
             heads,
             kv_heads,
             head_dim,
@@ -172,6 +175,35 @@ impl Keys<'_> {
     fn shape(&self, suffix: &str) -> Result<usize, ModelError> {
         let key = self.key(suffix);
         self.opt_shape(suffix)?.ok_or_else(|| unexpected(key, "missing", "a number"))
+    }
+
+    /// Elements of a head: a key, or else the embedding's columns shared out.
+    fn head_dim(&self, embedding: usize, heads: usize) -> Result<usize, ModelError> {
+        let Some(head_dim) = self.opt_shape("attention.key_length")? else {
+            return match embedding / heads {
+                n if n > 0 && n % 2 == 0 && n * heads == embedding => Ok(n),
+                _ => Err(unexpected(
+                    self.key("attention.head_count"),
+                    heads,
+                    "a divisor of the embedding's length, for heads of even length",
+                )),
+            };
+        };
+        if head_dim % 2 != 0 {
+            return Err(unexpected(self.key("attention.key_length"), head_dim, "a positive even number"));
+        }
+        Ok(head_dim)
+    }
+
+    /// Activations are quantised in whole blocks, so every matrix must have that many columns.
+    fn whole_blocks(&self, suffix: &str, columns: usize) -> Result<(), ModelError> {
+        match columns.is_multiple_of(ACTIVATION_BLOCK) {
+            true => Ok(()),
+            false => {
+                let found = format!("for matrices of {columns} columns");
+                Err(unexpected(self.key(suffix), found, "a multiple of 32 columns"))
+            }
+        }
     }
 
     fn opt_f32(&self, suffix: &str) -> Result<Option<f32>, ModelError> {

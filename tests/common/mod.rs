@@ -14,10 +14,7 @@ pub fn smollm2() -> Option<PathBuf> {
             panic!("SKIFF_REQUIRE_MODEL=1, but the model cannot be had: {error}")
         }
         Err(error) => {
-            // Straight to stderr: the test harness would swallow what `eprintln!` writes in a test that passes.
-            use std::io::Write;
-            let note = format!("\nSKIPPED: a test that needs the model smollm2: {error}\n");
-            let _ = std::io::stderr().write_all(note.as_bytes());
+            note_skip(&format!("the model smollm2: {error}"));
             None
         }
     }
@@ -26,4 +23,12 @@ pub fn smollm2() -> Option<PathBuf> {
 /// Path of a file in `tests/data`.
 pub fn data(name: &str) -> PathBuf {
     [env!("CARGO_MANIFEST_DIR"), "tests", "data", name].iter().collect()
+}
+
+/// Says loudly that a test was skipped for want of `what`.
+pub fn note_skip(what: &str) {
+    // Straight to stderr: the test harness would swallow what `eprintln!` writes in a test that passes.
+    use std::io::Write;
+    let note = format!("\nSKIPPED: a test that needs {what}\n");
+    let _ = std::io::stderr().write_all(note.as_bytes());
 }
