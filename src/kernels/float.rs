@@ -1,7 +1,7 @@
 //! The f32 side of a forward pass: norms, softmax, SiLU, attention dots, unquantised weights.
 //!
 //! Each function is written once, in plain code over fixed-size chunks that the compiler turns into
-//! vectors; [`instantiate!`] compiles the set again inside `#[target_feature]` functions for each
+//! vectors; `instantiate!` compiles the set again inside `#[target_feature]` functions for each
 //! instruction set. Only the widening of 16-bit floats differs, and is passed in.
 
 use super::Kernels;

@@ -62,8 +62,8 @@ pub enum RopeScaling {
     },
 }
 
-/// Largest sane value of a shape: keeps every product of three of them within 64 bits.
-const MAX_SHAPE: usize = 1 << 20;
+/// Largest sane value of a shape: keeps every product of two of them far within 64 bits.
+const MAX_SHAPE: usize = 1 << 24;
 /// Columns of activations that are quantised together (`kernels::activations::BLOCK`).
 const ACTIVATION_BLOCK: usize = 32;
 
@@ -165,7 +165,7 @@ impl Keys<'_> {
     fn opt_shape(&self, suffix: &str) -> Result<Option<usize>, ModelError> {
         let key = self.key(suffix);
         match self.meta.opt_usize(&key)? {
-            Some(n) if n == 0 || n > MAX_SHAPE.max(1 << 24) => {
+            Some(n) if n == 0 || n > MAX_SHAPE => {
                 Err(unexpected(key, n, "a positive number of a model's size"))
             }
             n => Ok(n),

@@ -35,6 +35,8 @@ pub struct MatmulScratch {
     panel: Panel,
     acc: Vec<f32>,
     up: Vec<f32>,
+    /// The product with the second term of refined inputs, before it is added.
+    second: Vec<f32>,
     wide: Vec<f32>,
 }
 
@@ -42,7 +44,13 @@ impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
         let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * GEMM_ROWS);
-        Self { panel: Panel::default(), acc: vec![0.0; n], up: vec![0.0; n], wide: Vec::new() }
+        Self {
+            panel: Panel::default(),
+            acc: vec![0.0; n],
+            up: vec![0.0; n],
+            second: vec![0.0; n],
+            wide: Vec::new(),
+        }
     }
 }
 
@@ -139,6 +147,7 @@ fn product(
     if scratch.acc.len() < x.rows * stride {
         scratch.acc.resize(x.rows * stride, 0.0);
         scratch.up.resize(x.rows * stride, 0.0);
+        scratch.second.resize(x.rows * stride, 0.0);
     }
     let acc = &mut scratch.acc[..x.rows * stride];
     let weights = w.rows(rows);
@@ -147,7 +156,7 @@ fn product(
             for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
                 on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
                 if x.two_terms {
-                    let second = &mut scratch.up[..n];
+                    let second = &mut scratch.second[..n];
                     on.kernels.dot(w.ty(), weights, x.residual.row(t), second);
                     acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
                 }
@@ -193,4 +202,71 @@ fn float_product(
     let a = crate::kernels::gemm_f32::View::rows(x.values(), x.cols);
     let b = crate::kernels::gemm_f32::View::rows(wide, x.cols).transposed();
     on.kernels.gemm_f32(a, b, 0.0, acc, PANEL_ROWS);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+    use crate::threads::Team;
+
+    fn wave(n: usize, speed: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * speed).sin()).collect()
+    }
+
+    /// Rows of `x` and matrices of rows that are wide enough for several panels.
+    fn check(rows: usize, ty: GgmlType, refined: bool, tolerance: f32) {
+        let (cols, outputs) = (1280, 70);
+        let (x, team) = (wave(rows * cols, 0.37), Team::new(2).unwrap());
+        for kernels in Kernels::available() {
+            let on = Compute { team: &team, kernels };
+            let mut bytes = [vec![0; ty.row_bytes(cols) * outputs], vec![0; ty.row_bytes(cols) * outputs]];
+            quant::quantize_row(ty, &wave(cols * outputs, 0.11), &mut bytes[0]);
+            quant::quantize_row(ty, &wave(cols * outputs, 0.23), &mut bytes[1]);
+            let [gate, up] = [0, 1].map(|i| Matrix::new(ty, outputs, cols, &bytes[i]).unwrap());
+            let mut inputs = Inputs::with_capacity(rows, cols);
+            inputs.values_mut().copy_from_slice(&x);
+            inputs.quantize(on);
+            if refined {
+                inputs.refine(on);
+            }
+            let mut scratch: Vec<_> = (0..2).map(|_| MatmulScratch::default()).collect();
+            let (mut both, mut swiglu) = (vec![0.0; rows * 2 * outputs], vec![0.0; rows * outputs]);
+            matmul(on, &[gate, up], &inputs, Epilogue::Store, &mut both, &mut scratch);
+            matmul_swiglu(on, gate, up, &inputs, &mut swiglu, &mut scratch);
+            let exact = |m: &Matrix<'_>, r: usize, x: &[f32]| -> f32 {
+                let mut w = vec![0.0; cols];
+                m.dequantize_row(r, &mut w);
+                w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum::<f64>() as f32
+            };
+            for (t, x) in x.chunks(cols).enumerate() {
+                for r in 0..outputs {
+                    let (g, u) = (exact(&gate, r, x), exact(&up, r, x));
+                    let out = &both[t * 2 * outputs..];
+                    assert!((out[r] - g).abs() < tolerance, "{kernels:?} {ty} {rows}: {} {g}", out[r]);
+                    assert!((out[outputs + r] - u).abs() < tolerance, "{kernels:?} {ty} {rows}");
+                    let want = g / (1.0 + (-g).exp()) * u;
+                    let slack = tolerance * (1.0 + g.abs() + u.abs());
+                    assert!((swiglu[t * outputs + r] - want).abs() < slack, "{kernels:?} {ty} {rows} swiglu");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_equal_exact_ones_within_the_rounding_of_activations() {
+        for rows in [1, 3, GEMM_ROWS, 20] {
+            check(rows, GgmlType::Q8_0, false, 0.6);
+            check(rows, GgmlType::Q4_K, false, 0.6);
+            check(rows, GgmlType::F16, false, 1e-3);
+        }
+    }
+
+    #[test]
+    fn refined_inputs_are_nearly_exact() {
+        for rows in [1, 3, GEMM_ROWS, 20] {
+            check(rows, GgmlType::Q8_0, true, 5e-3);
+            check(rows, GgmlType::Q5_1, true, 5e-3);
+        }
+    }
 }
