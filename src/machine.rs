@@ -129,6 +129,11 @@ const STEP: usize = 1 << 17;
 /// `None` where so much is not to be had.
 pub fn sweep_buffer(memory: Option<Memory>) -> Option<Vec<u64>> {
     let bytes = memory.map_or(MIN_SWEEP, |m| (m.total / 8).clamp(MIN_SWEEP, MAX_SWEEP));
+    sweep_buffer_of(memory, bytes)
+}
+
+/// A buffer to read of `bytes`, or of half the memory that can be had if that is less; `None` if that is too little.
+pub fn sweep_buffer_of(memory: Option<Memory>, bytes: u64) -> Option<Vec<u64>> {
     let bytes = memory.map_or(bytes, |m| bytes.min(m.available / 2).next_multiple_of(8));
     // Ones, not zeros: untouched zeros are one page of the kernel's, read over and over.
     (bytes >= MIN_SWEEP).then(|| vec![1; bytes as usize / 8])

@@ -23,7 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("sampler", &["tokenizer"]),
     ("chat", &["gguf", "tokenizer"]),
     ("session", &["model", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"]),
-    ("eval", &["session", "model", "tokenizer", "skip", "threads"]),
+    ("eval", &["session", "model", "ops", "weights", "kernels", "machine", "tokenizer", "skip", "threads"]),
     ("pull", &[]),
     ("serve", &["session", "model", "tokenizer", "sampler", "skip", "chat"]),
     ("cli", ALL),

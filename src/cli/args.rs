@@ -55,7 +55,7 @@ impl EngineArgs {
     }
 }
 
-fn kernel_names() -> PossibleValuesParser {
+pub(super) fn kernel_names() -> PossibleValuesParser {
     PossibleValuesParser::new(Kernels::list().map(|(name, ..)| name))
 }
 
@@ -118,9 +118,13 @@ impl ContextArgs {
     }
 }
 
-/// Refuses a cache that this machine cannot hold: allocating it would end the process.
+/// Refuses a context that this machine cannot hold.
 pub(super) fn check_context(engine: &Engine, context: usize) -> Result<(), Failure> {
-    let config = engine.model().config();
+    check_cache(engine.model().config(), "-c", context)
+}
+
+/// Refuses a cache that this machine cannot hold: allocating it would end the process. `flag` asked for it.
+pub(super) fn check_cache(config: &Config, flag: &str, context: usize) -> Result<(), Failure> {
     let needed = [2, 2, config.layers, config.kv_dim(), context];
     let needed = needed.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
     let available = Memory::read().map_or(u64::MAX, |m| m.total);
@@ -128,13 +132,13 @@ pub(super) fn check_context(engine: &Engine, context: usize) -> Result<(), Failu
         let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
         let needed = needed.map_or("more".into(), gb);
         return Err(Failure::Error(format!(
-            "-c {context}: the cache takes {needed} and this machine has {}",
+            "{flag} {context}: the cache takes {needed} and this machine has {}",
             gb(available)
         )));
     }
     let trained = config.trained_context;
     if context > trained {
-        note(&format!("warning: -c {context}: the model was trained for {trained} tokens"));
+        note(&format!("warning: {flag} {context}: the model was trained for {trained} tokens"));
     }
     Ok(())
 }

@@ -5,6 +5,7 @@
 //! closes the other end of stdout has seen enough: that ends a command quietly.
 
 mod args;
+mod bench;
 mod chat;
 mod generate;
 mod info;
@@ -48,6 +49,7 @@ enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Detokenize(tokenize::DetokenizeArgs),
     Ppl(ppl::PplArgs),
+    Bench(bench::BenchArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -70,6 +72,7 @@ pub fn main() -> ExitCode {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Detokenize(args) => tokenize::run_detokenize(&args),
         Command::Ppl(args) => ppl::run(&args),
+        Command::Bench(args) => bench::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,

@@ -1,5 +1,7 @@
-//! How good is it: perplexity, divergence from the full model. Always through `model`'s forward pass.
+//! How good and how fast is it: perplexity, divergence from the full model, tokens a second. Always through `model`'s
+//! forward pass.
 
+pub mod bench;
 mod npy;
 mod perplexity;
 
