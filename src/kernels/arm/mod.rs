@@ -1,0 +1,3 @@
+//! aarch64: one folder an instruction set, the same file names in each.
+
+pub(super) mod neon;
