@@ -1,3 +1,4 @@
 //! aarch64: one folder an instruction set, the same file names in each.
 
+pub(super) mod dotprod;
 pub(super) mod neon;
