@@ -72,6 +72,8 @@ const TABLE: &[&Isa] = &[
     #[cfg(all(test, target_arch = "x86_64"))]
     &x86::avxvnni::evex::ISA,
     #[cfg(target_arch = "aarch64")]
+    &arm::i8mm::ISA,
+    #[cfg(target_arch = "aarch64")]
     &arm::dotprod::ISA,
     #[cfg(target_arch = "aarch64")]
     &arm::neon::ISA,

@@ -21,7 +21,8 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     },
 };
 
-fn detect() -> bool {
+/// Also what `i8mm` builds on.
+pub(super) fn detect() -> bool {
     std::arch::is_aarch64_feature_detected!("dotprod")
 }
 

@@ -134,7 +134,13 @@ pub(in crate::kernels::arm) use dot_rows;
 macro_rules! instantiate {
     ($features:literal, $multiply:path) => {
         #[target_feature(enable = $features)]
-        fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+        pub(in crate::kernels::arm) fn dot(
+            ty: GgmlType,
+            weights: &[u8],
+            row_bytes: usize,
+            x: Q8Row<'_>,
+            out: &mut [f32],
+        ) {
             use GgmlType::*;
             use $crate::kernels::arm::neon::blocks::{self, Block, Super};
             use $crate::kernels::arm::neon::dot::*;
