@@ -20,8 +20,12 @@
 //!   serves every token. One micro-kernel an ISA serves every type.
 
 pub mod activations;
+#[cfg(target_arch = "aarch64")]
+mod arm;
 pub mod float;
 pub mod gemm_f32;
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+mod layout;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -67,6 +71,12 @@ const TABLE: &[&Isa] = &[
     &x86::avx2::ISA,
     #[cfg(all(test, target_arch = "x86_64"))]
     &x86::avxvnni::evex::ISA,
+    #[cfg(target_arch = "aarch64")]
+    &arm::i8mm::ISA,
+    #[cfg(target_arch = "aarch64")]
+    &arm::dotprod::ISA,
+    #[cfg(target_arch = "aarch64")]
+    &arm::neon::ISA,
     &scalar::ISA,
 ];
 
