@@ -233,8 +233,12 @@ macro_rules! dot_rows {
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
             fn rows<const R: usize>(rows: [&[u8]; R], row_bytes: usize, x: &Q8Row<'_>) -> [f32; R] {
-                let (steps, tails) =
-                    (rows.map(|r| r.as_chunks::<$bytes>().0), rows.map(|r| r.as_chunks::<$bytes>().1));
+                // Loops, not `array::map`: the standard library is compiled without these features, so
+                // closures with intrinsics are not inlined into it.
+                let (mut steps, mut tails) = ([[].as_slice(); R], [[].as_slice(); R]);
+                for r in 0..R {
+                    (steps[r], tails[r]) = rows[r].as_chunks::<$bytes>();
+                }
                 let mut acc = [_mm512_setzero_ps(); R];
                 let n = steps[0].len();
                 for s in 0..n {
@@ -255,12 +259,20 @@ macro_rules! dot_rows {
                         acc[r] = $step(&padded, &a, acc[r]);
                     }
                 }
-                acc.map(|acc| _mm512_reduce_add_ps(acc))
+                let mut sums = [0f32; R];
+                for r in 0..R {
+                    sums[r] = _mm512_reduce_add_ps(acc[r]);
+                }
+                sums
             }
             let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
             for (w, out) in groups {
                 if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), row_bytes, &x);
+                    let mut four = [[].as_slice(); ROWS];
+                    for (r, row) in four.iter_mut().enumerate() {
+                        *row = &w[r * row_bytes..][..row_bytes];
+                    }
+                    *out = rows(four, row_bytes, &x);
                 } else {
                     for (w, out) in w.chunks_exact(row_bytes).zip(out) {
                         [*out] = rows([w], row_bytes, &x);

@@ -127,8 +127,12 @@ fn kernel<const T: usize, const G: usize, const MIN: bool>(
                 let at = sum.add(i * (x.stride / 16) + g * G / 16);
                 if G == 32 { *at + *at.add(1) } else { *at }
             });
-            let mut dots: [[__m512i; 2]; T] =
-                std::array::from_fn(|i| [_mm512_set1_epi32(if MIN { 0 } else { zero * group_sum[i] }); 2]);
+            let mut dots = [[_mm512_setzero_si512(); 2]; T];
+            if !MIN {
+                for i in 0..T {
+                    dots[i] = [_mm512_set1_epi32(zero * group_sum[i]); 2];
+                }
+            }
             for c in 0..G / 4 {
                 let w = panel.q.0.as_ptr().add((g * (G / 4) + c) * PANEL_ROWS * 4);
                 let (w0, w1) = (_mm512_load_si512(w.cast()), _mm512_load_si512(w.add(64).cast()));
