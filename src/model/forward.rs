@@ -1,6 +1,5 @@
 //! The forward pass.
 
-use super::state::Scratch;
 use super::{FfnStep, Layer, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
@@ -115,20 +114,36 @@ impl Model {
         matmul(on, &[w.output.matrix()], &s.attended, Epilogue::Add, x, &mut s.matmul);
     }
 
-    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the rows that the policy lets run.
+    /// The FFN of the rows that the policy lets run, in full or cut.
     fn ffn(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize, step: FfnStep) {
+        state.choose_rows(index, n, step, self.cut(index).is_some());
+        let (full, cut) = (state.scratch.active.len(), state.scratch.cut_rows.len());
+        if step != FfnStep::Full {
+            state.stats.ran(index, (full + cut) as u64);
+            state.stats.skipped(index, (n - full - cut) as u64);
+        }
+        if full > 0 {
+            self.ffn_full(on, state, layer, index, n, step);
+        }
+        if let Some(prepared) = self.cut(index).filter(|_| cut > 0) {
+            self.ffn_cut(on, state, layer, prepared, index, step);
+        }
+    }
+
+    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the active rows.
+    fn ffn_full(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        layer: &Layer,
+        index: usize,
+        n: usize,
+        step: FfnStep,
+    ) {
         let c = &self.config;
         let w = &layer.ffn;
-        state.choose_rows(index, n, step);
-        let observed = state.measure || (step != FfnStep::Full && state.policy.observes());
+        let observed = state.observed(step);
         let State { scratch: s, policy, stats, .. } = state;
-        if step != FfnStep::Full {
-            stats.ran(index, s.active.len() as u64);
-            stats.skipped(index, (n - s.active.len()) as u64);
-        }
-        if s.active.is_empty() {
-            return;
-        }
         rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
@@ -141,32 +156,35 @@ impl Model {
         }
         let out = &mut s.ffn_out[..s.active.len() * c.embedding];
         matmul(on, &down, &s.inner, Epilogue::Store, out, &mut s.matmul);
+        let ran = &s.active;
         if observed {
-            observe(on, s, &mut **policy, stats, index, c.embedding, step);
+            observe(on, &s.x, ran, out, (&mut **policy, &mut s.policies), stats, index, step);
         }
-        let out = &s.ffn_out[..s.active.len() * c.embedding];
-        add_rows(&mut s.x, &s.active, out, c.embedding);
+        add_rows(&mut s.x, ran, out, c.embedding);
     }
 }
 
 /// Reports `cos(h, h + f)` of the rows that ran: the residual stream before and after the FFN.
-fn observe(
+#[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
+pub(super) fn observe(
     on: Compute<'_>,
-    s: &mut Scratch,
-    policy: &mut dyn SkipPolicy,
+    x: &[f32],
+    rows: &[usize],
+    out: &[f32],
+    (policy, policies): (&mut dyn SkipPolicy, &mut [Box<dyn SkipPolicy>]),
     stats: &mut SkipStats,
     layer: usize,
-    d: usize,
     step: FfnStep,
 ) {
-    for (i, &row) in s.active.iter().enumerate() {
-        let (h, f) = (&s.x[row * d..][..d], &s.ffn_out[i * d..][..d]);
+    let d = out.len() / rows.len();
+    for (&row, f) in rows.iter().zip(out.chunks_exact(d)) {
+        let h = &x[row * d..][..d];
         let (hh, hf, ff) = (on.kernels.dot_f32(h, h), on.kernels.dot_f32(h, f), on.kernels.dot_f32(f, f));
         // h . (h + f) and |h + f|^2 without forming the sum.
         let cosine = (hh + hf) / (hh * (hh + 2.0 * hf + ff)).sqrt();
         stats.cosine(layer, cosine);
         if step != FfnStep::Full {
-            match s.policies.get_mut(row) {
+            match policies.get_mut(row) {
                 Some(policy) => policy.observe(layer, cosine),
                 None => policy.observe(layer, cosine),
             }
@@ -200,20 +218,30 @@ impl State {
         }
     }
 
-    fn choose_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
+    /// Whether cosines of this step are measured.
+    pub(super) fn observed(&self, step: FfnStep) -> bool {
+        self.measure || (step != FfnStep::Full && self.policy.observes())
+    }
+
+    /// Sorts the step's rows by what happens to their FFN; `can_cut`: the layer is in the cut plan.
+    fn choose_rows(&mut self, layer: usize, n: usize, step: FfnStep, can_cut: bool) {
         let s = &mut self.scratch;
         s.active.clear();
-        match step {
-            FfnStep::Full => s.active.extend(0..n),
-            FfnStep::Governed { .. } if n == 1 => {
-                if self.policy.decide(layer) == Decision::Run {
-                    s.active.push(0);
+        s.cut_rows.clear();
+        s.cuts.clear();
+        for row in 0..n {
+            let decision = match (step, s.policies.get_mut(row)) {
+                (FfnStep::Full, _) => Decision::Run,
+                (FfnStep::Governed { .. }, Some(policy)) => policy.decide(layer),
+                (FfnStep::Governed { .. }, None) => self.policy.decide(layer),
+            };
+            match decision {
+                Decision::Skip => {}
+                Decision::Cut(cut) if can_cut => {
+                    s.cut_rows.push(row);
+                    s.cuts.push(cut);
                 }
-            }
-            FfnStep::Governed { .. } => {
-                let policies = s.policies.iter_mut().enumerate();
-                s.active
-                    .extend(policies.filter_map(|(i, p)| (p.decide(layer) == Decision::Run).then_some(i)));
+                Decision::Run | Decision::Cut(_) => s.active.push(row),
             }
         }
     }

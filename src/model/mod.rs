@@ -4,6 +4,7 @@
 //! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
 
 mod config;
+mod cut;
 mod error;
 mod forward;
 mod kv;
@@ -19,6 +20,7 @@ pub use layers::{Attention, Ffn, Layer};
 pub use state::{FfnStep, State};
 
 use crate::weights::{Tensor, Weights};
+use cut::PreparedCut;
 
 /// A model whose weights are mapped. Shared by any number of sequences.
 pub struct Model {
@@ -27,6 +29,8 @@ pub struct Model {
     /// `[vocab, embedding]`
     embedding: Tensor,
     layers: Vec<Layer>,
+    /// What may be cut, by layer; empty until [`prepare_cuts`](Self::prepare_cuts).
+    cuts: Vec<Option<PreparedCut>>,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -52,7 +56,8 @@ impl Model {
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
         weights.read_ahead();
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
-        Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies })
+        let cuts = Vec::new();
+        Ok(Self { config, weights, embedding, layers, cuts, output_norm, output, rope_frequencies })
     }
 
     /// Shapes and constants.

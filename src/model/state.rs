@@ -1,10 +1,10 @@
 //! What a sequence has of its own: cache, position, skipping state; and the buffers of a step.
 
-use super::{Config, KvCache, KvType, Model, ModelError};
+use super::{KvCache, KvType, Model, ModelError};
 use crate::kernels::Kernels;
 use crate::ops::attention::AttentionScratch;
 use crate::ops::{Compute, Inputs, MatmulScratch, RopeTable};
-use crate::skip::{SkipPolicy, SkipStats};
+use crate::skip::{Cut, SkipPolicy, SkipStats};
 use crate::threads::Team;
 
 /// A sequence being evaluated. All memory of decoding is allocated here, once.
@@ -56,8 +56,14 @@ pub(super) struct Scratch {
     pub logits: Vec<f32>,
     /// `0..n`
     pub all_rows: Vec<usize>,
-    /// Rows whose FFN runs.
+    /// Rows whose FFN runs in full.
     pub active: Vec<usize>,
+    /// Rows whose FFN runs with a cut.
+    pub cut_rows: Vec<usize>,
+    /// The cut of each of `cut_rows`.
+    pub cuts: Vec<Cut>,
+    /// `[rows, 2 ffn]`: gate and up of rows with a cut; empty for models without a plan.
+    pub gate_up: Vec<f32>,
     /// The policy's state for each token of a step, where it governs several.
     pub policies: Vec<Box<dyn SkipPolicy>>,
     pub matmul: Vec<MatmulScratch>,
@@ -77,7 +83,7 @@ impl State {
         let batch = batch.clamp(1, context.max(1));
         Self {
             kv: KvCache::new(config, context, kv),
-            scratch: Scratch::new(config, batch, team.threads()),
+            scratch: Scratch::new(model, batch, team.threads()),
             position: 0,
             policy,
             stats: SkipStats::new(config.layers),
@@ -194,7 +200,8 @@ impl State {
 }
 
 impl Scratch {
-    fn new(config: &Config, batch: usize, threads: usize) -> Self {
+    fn new(model: &Model, batch: usize, threads: usize) -> Self {
+        let config = model.config();
         let (d, q, kv, ffn) = (config.embedding, config.q_dim(), config.kv_dim(), config.ffn);
         let widest = config.vocab.max(ffn).max(q + 2 * kv).max(d);
         let matmul = || MatmulScratch::with_capacity(batch, widest.div_ceil(4 * threads));
@@ -212,6 +219,9 @@ impl Scratch {
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
             active: Vec::with_capacity(batch),
+            cut_rows: Vec::with_capacity(batch),
+            cuts: Vec::with_capacity(batch),
+            gate_up: vec![0.0; if model.has_cuts() { batch * 2 * ffn } else { 0 }],
             policies: Vec::new(),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: (0..threads).map(|_| attention()).collect(),

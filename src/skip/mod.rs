@@ -5,21 +5,26 @@
 //! model knows about skipping. Attention always runs, so every token has keys and values in every
 //! layer (FFN-SkipLLM, Jaiswal et al., EMNLP 2024, arXiv 2404.03865).
 
+mod cut;
 mod ffn_skip;
 mod options;
 mod stats;
 
+pub use cut::{Cut, CutPlan, CutSide, LayerCut};
 pub use ffn_skip::FfnSkip;
 pub use options::{SkipError, SkipMode, SkipOptions};
 pub use stats::SkipStats;
 
 /// Whether an FFN runs for a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
     /// At full strength.
     Run,
     /// Not at all: the residual stream passes unchanged, and the weights are not read.
     Skip,
+    /// Without the inputs and neurons below these thresholds, in layers that the model's [`CutPlan`] has;
+    /// in others as [`Run`](Self::Run).
+    Cut(Cut),
 }
 
 /// Decides about the FFNs of one sequence.
