@@ -1,6 +1,7 @@
 //! Every available kernel, every type, awkward shapes, against the scalar code on the same inputs.
 
 use super::*;
+use crate::quant::columns::{ColumnLayout, Touched};
 use crate::quant::{is_quantised, quantize_row};
 
 /// A small generator: tests need no better, and the same numbers every time.
@@ -166,6 +167,126 @@ fn dot_products_equal_scalar() {
         failures.len(),
         failures.iter().take(40).cloned().collect::<Vec<_>>().join("\n")
     );
+}
+
+/// A tile of random weights of a type: its bytes, and the matrix that it was packed from.
+fn packed(rng: &mut Rng, ty: GgmlType, outputs: usize, cols: usize) -> (ColumnLayout, Vec<u8>, Vec<u8>) {
+    let rows = weights(rng, ty, outputs, cols);
+    let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+    let mut tile = vec![0; layout.tile_stride()];
+    let matrix = quant::Matrix::new(ty, outputs, cols, &rows).unwrap();
+    quant::columns::pack(&layout, &matrix, 0, &mut tile, &mut Default::default());
+    (layout, tile, rows)
+}
+
+/// Activations of which about one in `keep` is not zero (0: none, 1: all).
+fn sparse(rng: &mut Rng, cols: usize, keep: u64) -> Activations {
+    let mut x = rng.floats(cols);
+    for x in &mut x {
+        if keep == 0 || !rng.next().is_multiple_of(keep) {
+            *x = 0.0;
+        }
+    }
+    let mut acts = Activations::with_capacity(1, cols);
+    scalar().quantize(&x, acts.row_mut(0));
+    acts
+}
+
+#[test]
+fn products_with_chosen_columns_equal_scalar() {
+    let mut rng = Rng(23);
+    let mut failures = Vec::new();
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            for (outputs, blocks) in [(1, 1), (16, 2), (100, 3), (128, 5), (129, 1), (200, 2), (256, 9)] {
+                let cols = blocks * ty.block_len();
+                let (layout, tile, rows) = packed(&mut rng, ty, outputs, cols);
+                let view = layout.view(0, &tile);
+                for keep in [0, 1, 2, 5, 40] {
+                    let acts = sparse(&mut rng, cols, keep);
+                    let mut list = ColumnList::default();
+                    list.choose(acts.row(0), layout.group_len());
+                    let all = layout.groups();
+                    for groups in [0..all, all / 3..all, 0..all / 2] {
+                        let (mut got, mut want) = (vec![1f32; outputs], vec![2f32; outputs]);
+                        k.columns(view, &list, groups.clone(), &mut got);
+                        scalar().columns(view, &list, groups.clone(), &mut want);
+                        for o in 0..outputs {
+                            let row = &rows[o * ty.row_bytes(cols)..][..ty.row_bytes(cols)];
+                            let size = magnitude(ty, row, acts.row(0));
+                            if !close(got[o], want[o], size) {
+                                failures.push(format!(
+                                    "{} {ty} {outputs}x{cols} 1/{keep} {groups:?} output {o}: {} {}",
+                                    k.name(),
+                                    got[o],
+                                    want[o]
+                                ));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let some: Vec<_> = failures.iter().take(40).cloned().collect();
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), some.join("\n"));
+}
+
+/// Scales of the column form are rounded to a part in 255 of a row's range; nothing else differs from the rows.
+#[test]
+fn chosen_columns_give_the_product_of_the_rows() {
+    let mut rng = Rng(29);
+    for ty in quantised_types() {
+        let cols = 4 * 256;
+        for keep in [1, 3] {
+            let mut rows = vec![0; 150 * ty.row_bytes(cols)];
+            quantize_row(ty, &rng.floats(150 * cols), &mut rows);
+            let layout = ColumnLayout::new(ty, 150, cols).unwrap();
+            let mut tile = vec![0; layout.tile_stride()];
+            let matrix = quant::Matrix::new(ty, 150, cols, &rows).unwrap();
+            quant::columns::pack(&layout, &matrix, 0, &mut tile, &mut Default::default());
+            let acts = sparse(&mut rng, cols, keep);
+            let mut list = ColumnList::default();
+            list.choose(acts.row(0), layout.group_len());
+            let (mut got, mut want) = (vec![0f32; 150], vec![0f32; 150]);
+            scalar().columns(layout.view(0, &tile), &list, 0..layout.groups(), &mut got);
+            scalar().dot(ty, &rows, acts.row(0), &mut want);
+            let rms = (want.iter().map(|w| w * w).sum::<f32>() / 150.0).sqrt();
+            let error = (got.iter().zip(&want).map(|(g, w)| (g - w).powi(2)).sum::<f32>() / 150.0).sqrt();
+            assert!(error < 0.01 * rms, "{ty} 1/{keep}: {error} of {rms}");
+        }
+    }
+}
+
+#[test]
+fn lists_hold_what_is_not_zero() {
+    let mut rng = Rng(31);
+    for cols in [32, 96, 1280] {
+        for keep in [0, 1, 2, 7] {
+            let acts = sparse(&mut rng, cols, keep);
+            for group_len in [16, 32] {
+                let mut list = ColumnList::default();
+                list.choose(acts.row(0), group_len);
+                let mut dense = vec![0i8; cols];
+                let mut start = 0;
+                for g in &list.groups {
+                    for b in &list.bundles[start..g.end as usize] {
+                        for (c, a) in b.cols.into_iter().zip(b.acts) {
+                            assert_eq!(c as usize / group_len, g.group as usize);
+                            dense[c as usize] += a;
+                        }
+                    }
+                    start = g.end as usize;
+                }
+                assert_eq!(dense, acts.row(0).q[..cols]);
+                let lines = |n: usize| dense.chunks(n).filter(|c| c.iter().any(|&q| q != 0)).count();
+                let want =
+                    Touched { groups: lines(group_len), columns: lines(1), pairs: lines(2), fours: lines(4) };
+                assert_eq!(list.touched(), want);
+                assert_eq!(columns::touched(acts.row(0), group_len), want);
+            }
+        }
+    }
 }
 
 #[test]
