@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::{Kernels, Q8Row};
-use crate::quant::columns::{Codes, ColumnLayout, ColumnTile, TILE, Touched};
+use crate::quant::columns::{Codes, ColumnStrip, STRIP, Touched};
 use crate::quant::zero_point;
 
 /// Columns whose bytes are interleaved: those of a lane of the byte dot product.
@@ -129,12 +129,8 @@ pub fn touched(x: Q8Row<'_>, group_len: usize) -> Touched {
 impl Touched {
     /// Counts the columns of one group.
     fn add(&mut self, mask: u32) {
-        let pairs = (mask | mask >> 1) & 0x5555_5555;
-        let fours = (pairs | pairs >> 2) & 0x1111_1111;
         self.groups += 1;
         self.columns += mask.count_ones() as usize;
-        self.pairs += pairs.count_ones() as usize;
-        self.fours += fours.count_ones() as usize;
     }
 }
 
@@ -144,64 +140,67 @@ fn nonzero(q: &[i8]) -> u32 {
 }
 
 impl Kernels {
-    /// `out[o] = sum over chosen columns j of groups of W[o][j] x[j]` for the outputs `o` of a tile.
+    /// `out[o] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o` of a strip, `[width]`.
+    /// `mins`: scratch of the same length, if the type has mins.
     ///
     /// # Panics
-    /// If `out` is longer than the tile is wide, or the list was chosen for another number of columns or another
-    /// group length.
-    pub fn columns(&self, tile: ColumnTile<'_>, list: &ColumnList, groups: Range<usize>, out: &mut [f32]) {
-        assert!(list.cols == tile.cols && list.group_len == tile.group_len && out.len() <= tile.width);
-        assert!(groups.end <= tile.cols / tile.group_len);
-        let (width, all) = (tile.width, tile.cols / tile.group_len);
-        assert!(matches!(width, 128 | 256) && tile.scale.len() == all * width);
-        assert!(tile.min.is_empty() || tile.min.len() == all * width);
-        assert_eq!(tile.heads.len(), if tile.min.is_empty() { 8 } else { 16 } * width);
-        let (low, high) = match tile.codes {
+    /// If the lengths are wrong, or the list was chosen for another number of columns or another group length.
+    pub fn columns(
+        &self,
+        strip: ColumnStrip<'_>,
+        list: &ColumnList,
+        groups: Range<usize>,
+        out: &mut [f32],
+        mins: &mut [f32],
+    ) {
+        let (width, all) = (strip.width, strip.cols / strip.group_len);
+        assert!(list.cols == strip.cols && list.group_len == strip.group_len && groups.end <= all);
+        assert!(width.is_multiple_of(128) && width <= STRIP && out.len() == width);
+        assert!(!strip.has_min || mins.len() == width);
+        assert_eq!(strip.heads.len(), width * if strip.has_min { 4 } else { 2 });
+        let (low, high) = match strip.codes {
             Codes::Bytes => (width, 0),
             Codes::Table => (width / 2, 0),
             Codes::Nibbles { high } => (width / 2, width * high / 8),
         };
-        assert!(tile.low.len() == tile.cols * low && tile.high.len() == tile.cols * high);
-        let mut sums = [0f32; TILE];
-        // SAFETY: the handle proves the ISA; the parts of the tile have the lengths just asserted, the list's
-        // columns are below `tile.cols`, and its groups below `groups.end`.
-        unsafe { (self.isa.functions.columns)(&tile, list.within(groups), &mut sums) };
-        out.copy_from_slice(&sums[..out.len()]);
+        assert!(strip.low_bytes == low && strip.column_bytes == (low + high).next_multiple_of(64));
+        let scales = width * if strip.has_min { 2 } else { 1 };
+        assert_eq!(strip.group_bytes, scales + strip.group_len * strip.column_bytes);
+        assert_eq!(strip.groups.len(), all * strip.group_bytes);
+        out.fill(0.0);
+        mins.fill(0.0);
+        // SAFETY: the handle proves the ISA; the parts of the strip have the lengths just asserted, and the list's
+        // columns and groups are below the strip's.
+        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), out, mins) };
     }
 }
 
 /// Plain code for every CPU.
-pub(super) fn scalar(tile: &ColumnTile<'_>, chosen: Chosen<'_>, out: &mut [f32; TILE]) {
-    let layout = ColumnLayout::new(tile.ty, tile.width, tile.cols).expect("a tile is of a quantised type");
-    let zero = i32::from(zero_point(tile.ty));
+pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+    let zero = i32::from(zero_point(strip.ty));
     let mut all_sums = 0f32;
-    let mut mins = [0f32; TILE];
     let mut start = chosen.start;
     for g in chosen.groups {
-        let mut dots = [-zero * g.sum; TILE];
-        for bundle in &chosen.bundles[start as usize..g.end as usize] {
-            for (col, act) in bundle.cols.into_iter().zip(bundle.acts) {
-                for (o, dot) in dots[..tile.width].iter_mut().enumerate() {
-                    *dot += i32::from(act) * i32::from(tile.code(&layout, col as usize, o));
+        let (sum, group) = (g.scale * g.sum as f32, g.group as usize);
+        all_sums += sum;
+        for o in 0..strip.width {
+            let mut dot = -zero * g.sum;
+            for bundle in &chosen.bundles[start as usize..g.end as usize] {
+                for (col, act) in bundle.cols.into_iter().zip(bundle.acts) {
+                    dot += i32::from(act) * i32::from(strip.code(col as usize, o));
                 }
+            }
+            out[o] += (f32::from(strip.scale(0, group, o)) - strip.head(1, o)) * (g.scale * dot as f32);
+            if strip.has_min {
+                mins[o] += sum * f32::from(strip.scale(1, group, o));
             }
         }
         start = g.end;
-        let at = g.group as usize * tile.width;
-        let sum = g.scale * g.sum as f32;
-        all_sums += sum;
-        for o in 0..tile.width {
-            let scale = f32::from(tile.scale[at + o]) - tile.head(1, o);
-            out[o] += scale * (g.scale * dots[o] as f32);
-            if !tile.min.is_empty() {
-                mins[o] += sum * f32::from(tile.min[at + o]);
-            }
-        }
     }
-    for o in 0..tile.width {
-        out[o] *= tile.head(0, o);
-        if !tile.min.is_empty() {
-            out[o] += tile.head(2, o) * (mins[o] - tile.head(3, o) * all_sums);
+    for o in 0..strip.width {
+        out[o] *= strip.head(0, o);
+        if strip.has_min {
+            out[o] += strip.head(2, o) * (mins[o] - strip.head(3, o) * all_sums);
         }
     }
 }

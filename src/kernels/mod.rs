@@ -35,7 +35,7 @@ mod x86;
 
 use crate::gguf::GgmlType;
 use crate::quant;
-use crate::quant::columns::{ColumnTile, TILE};
+use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
 
@@ -53,7 +53,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
-    columns: unsafe fn(&ColumnTile<'_>, columns::Chosen<'_>, &mut [f32; TILE]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32], &mut [f32]),
     float: &'static float::Functions,
 }
 

@@ -8,25 +8,29 @@ use memmap2::MmapMut;
 use super::Compute;
 use crate::kernels::ColumnList;
 use crate::quant::Matrix;
-use crate::quant::columns::{ColumnLayout, ColumnTile, PackScratch, TILE, pack};
+use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, STRIP, heads_of, pack};
 
 /// Rows of activations up to which products by column pay: each passes over the chosen columns of a chunk, which
 /// stay in the cache, where a panel of the dense product is unpacked once for all.
 pub const COLUMN_ROWS: usize = 4;
-/// Most bytes of a chunk: with several rows of activations it is read once and then stays in the L2 cache.
-const MAX_CHUNK_BYTES: usize = 512 << 10;
+/// Most bytes of a chunk: with several rows of activations it is read once and then stays in the cache.
+const MAX_CHUNK_BYTES: usize = 1 << 20;
 /// Least bytes of a chunk for which a thread is given something to do.
-const MIN_CHUNK_BYTES: usize = 32 << 10;
+const MIN_CHUNK_BYTES: usize = 64 << 10;
 /// Chunks of a matrix that are wanted: they are claimed one by one, and the last ones should not take long.
 const CHUNKS: usize = 12;
 
 /// A matrix in the column form of [`quant::columns`](crate::quant::columns), in memory of its own.
 pub struct ColumnMatrix {
     layout: ColumnLayout,
-    /// Tiles, one after the other.
-    bytes: MmapMut,
-    /// Parts that the columns of a tile are cut into.
+    strips: Vec<Strip>,
+    /// Parts that the columns are cut into.
     parts: usize,
+}
+
+struct Strip {
+    heads: Vec<f32>,
+    groups: MmapMut,
 }
 
 impl ColumnMatrix {
@@ -38,19 +42,11 @@ impl ColumnMatrix {
         let Some(layout) = ColumnLayout::new(matrix.ty(), matrix.rows_len(), matrix.cols()) else {
             return Ok(None);
         };
-        let stride = layout.tile_stride();
-        let mut bytes = MmapMut::map_anon((layout.tiles() * stride).max(1))?;
-        // Advice: with small pages every other column would miss the TLB.
-        #[cfg(target_os = "linux")]
-        let _ = bytes.advise(memmap2::Advice::HugePage);
         let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
-        let tiles = &mut bytes[..layout.tiles() * stride];
-        on.team.for_tiles(tiles, stride, (1, stride), &mut scratch, |scratch, mut part| {
-            let tile = part.rows().start;
-            pack(&layout, matrix, tile, part.row(tile), scratch);
-        });
+        let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, &layout, s, &mut scratch));
+        let strips = strips.collect::<io::Result<_>>()?;
         let parts = parts(&layout);
-        Ok(Some(Self { layout, bytes, parts }))
+        Ok(Some(Self { layout, strips, parts }))
     }
 
     /// The layout.
@@ -60,16 +56,17 @@ impl ColumnMatrix {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.bytes.len()
+        self.strips.iter().map(|s| s.groups.len() + 4 * s.heads.len()).sum()
     }
 
     /// Chunks of work of a product.
     fn chunks(&self) -> usize {
-        self.layout.tiles() * self.parts
+        self.strips.len() * self.parts
     }
 
-    fn tile(&self, tile: usize) -> ColumnTile<'_> {
-        self.layout.view(tile, &self.bytes[tile * self.layout.tile_stride()..])
+    fn strip(&self, strip: usize) -> ColumnStrip<'_> {
+        let Strip { heads, groups } = &self.strips[strip];
+        self.layout.view(strip, heads, groups)
     }
 
     /// Groups of columns of a part.
@@ -79,17 +76,52 @@ impl ColumnMatrix {
     }
 }
 
+impl Strip {
+    fn new(
+        on: Compute<'_>,
+        matrix: &Matrix<'_>,
+        layout: &ColumnLayout,
+        strip: usize,
+        scratch: &mut [PackScratch],
+    ) -> io::Result<Self> {
+        let (width, span) = (layout.width(strip), layout.span_bytes(strip));
+        let outputs = layout.outputs_of(strip);
+        let mut found = vec![[0f32; 4]; outputs.len()];
+        on.team.for_tiles(&mut found, 1, (16, 1), scratch, |scratch, mut tile| {
+            for o in tile.rows() {
+                tile.row(o)[0] = heads_of(layout, matrix.row(outputs.start + o), scratch);
+            }
+        });
+        let mut heads = vec![0.0; layout.heads(strip)];
+        for (which, heads) in heads.chunks_exact_mut(width).enumerate() {
+            heads.iter_mut().zip(&found).for_each(|(head, found)| *head = found[which]);
+        }
+        let mut groups = MmapMut::map_anon(layout.spans() * span)?;
+        // Advice: with small pages nearly every column would miss the TLB.
+        #[cfg(target_os = "linux")]
+        let _ = groups.advise(memmap2::Advice::HugePage);
+        on.team.for_tiles(&mut groups[..], span, (1, span), scratch, |scratch, mut tile| {
+            let i = tile.rows().start;
+            pack(layout, matrix, (strip, i), &heads, tile.row(i), scratch);
+        });
+        Ok(Self { heads, groups })
+    }
+}
+
 /// Depends on the shape alone, as results do: parts are added up.
 fn parts(layout: &ColumnLayout) -> usize {
-    let tile = layout.tile_stride();
-    let for_size = tile.div_ceil(MAX_CHUNK_BYTES);
-    let for_many = CHUNKS.div_ceil(layout.tiles().max(1)).min(tile / MIN_CHUNK_BYTES);
+    let strip = layout.bytes() / layout.strips();
+    let for_size = strip.div_ceil(MAX_CHUNK_BYTES);
+    let for_many = CHUNKS.div_ceil(layout.strips()).min(strip / MIN_CHUNK_BYTES);
     for_size.max(for_many).clamp(1, layout.groups().max(1))
 }
 
+/// Floats of a chunk: the sums of a strip and, behind them, room for those of its mins.
+const CHUNK_FLOATS: usize = 2 * STRIP;
+
 /// Floats of scratch that [`matmul_columns`] takes.
 pub fn column_scratch(stack: &[&ColumnMatrix], rows: usize) -> usize {
-    stack.iter().map(|m| m.chunks()).sum::<usize>() * rows * TILE
+    stack.iter().map(|m| m.chunks()).sum::<usize>() * rows * CHUNK_FLOATS
 }
 
 /// `out[t] = [W0; W1; ...] x[t] + bias` where `lists[t]` has what is not zero of `x[t]`; an empty bias: none.
@@ -109,37 +141,60 @@ pub fn matmul_columns(
         scratch.resize(needed, 0.0);
     }
     let sums = &mut scratch[..needed];
-    on.team.for_plain_tiles(sums, rows * TILE, (1, rows * TILE), |mut chunk| {
+    let chunk_floats = rows * CHUNK_FLOATS;
+    on.team.for_plain_tiles(sums, chunk_floats, (1, chunk_floats), |mut chunk| {
         let index = chunk.rows().start;
-        let (matrix, tile, part) = locate(stack, index);
-        let (view, groups) = (matrix.tile(tile), matrix.groups(part));
-        let outputs = matrix.layout.outputs_of(tile).len();
-        for (list, sums) in lists.iter().zip(chunk.row(index).chunks_exact_mut(TILE)) {
-            on.kernels.columns(view, list, groups.clone(), &mut sums[..outputs]);
+        let (matrix, strip, part) = locate(stack, index);
+        let (view, groups) = (matrix.strip(strip), matrix.groups(part));
+        for (list, floats) in lists.iter().zip(chunk.row(index).chunks_exact_mut(CHUNK_FLOATS)) {
+            let (sums, mins) = floats.split_at_mut(STRIP);
+            let mins = &mut mins[..if view.has_min { view.width } else { 0 }];
+            on.kernels.columns(view, list, groups.clone(), &mut sums[..view.width], mins);
         }
     });
     let outputs: usize = stack.iter().map(|m| m.layout.outputs()).sum();
-    for (t, out) in out.chunks_exact_mut(outputs).take(rows).enumerate() {
+    let sums = &*sums;
+    on.team.for_plain_tiles(&mut out[..rows * outputs], outputs, (1, STRIP / 2), |mut tile| {
+        let (t, cols) = (tile.rows().start, tile.cols());
+        let out = tile.row(t);
         match bias {
             [] => out.fill(0.0),
-            bias => out.copy_from_slice(bias),
+            bias => out.copy_from_slice(&bias[cols.clone()]),
         }
-        let (mut first, mut chunk) = (0, 0);
-        for matrix in stack {
-            for tile in 0..matrix.layout.tiles() {
-                let range = matrix.layout.outputs_of(tile);
-                let out = &mut out[first + range.start..first + range.end];
-                for _ in 0..matrix.parts {
-                    on.kernels.add_scaled(out, 1.0, &sums[(chunk * rows + t) * TILE..][..out.len()]);
-                    chunk += 1;
+        add_parts(on, stack, sums, (t, rows), cols.start, out);
+    });
+}
+
+/// Adds the sums of row `t` of all parts to `out`, the outputs from `first` on.
+fn add_parts(
+    on: Compute<'_>,
+    stack: &[&ColumnMatrix],
+    sums: &[f32],
+    (t, rows): (usize, usize),
+    first: usize,
+    out: &mut [f32],
+) {
+    let wanted = first..first + out.len();
+    let (mut begin, mut chunk) = (0, 0);
+    for matrix in stack {
+        for strip in 0..matrix.strips.len() {
+            let outputs = matrix.layout.outputs_of(strip);
+            let (start, end) = (begin + outputs.start, begin + outputs.end);
+            let both = start.max(wanted.start)..end.min(wanted.end);
+            for _ in 0..matrix.parts {
+                if !both.is_empty() {
+                    let from = (chunk * rows + t) * CHUNK_FLOATS + both.start - start;
+                    let out = &mut out[both.start - first..both.end - first];
+                    on.kernels.add_scaled(out, 1.0, &sums[from..][..both.len()]);
                 }
+                chunk += 1;
             }
-            first += matrix.layout.outputs();
         }
+        begin += matrix.layout.outputs();
     }
 }
 
-/// Matrix, tile and part of a chunk.
+/// Matrix, strip and part of a chunk.
 fn locate<'a>(stack: &[&'a ColumnMatrix], mut chunk: usize) -> (&'a ColumnMatrix, usize, usize) {
     for matrix in stack {
         if chunk < matrix.chunks() {
