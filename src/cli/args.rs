@@ -14,7 +14,7 @@ use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
-use crate::session::{Engine, SessionOptions};
+use crate::session::{DraftMode, DraftOptions, Engine, MAX_DRAFT, SessionOptions};
 use crate::skip::{SkipMode, SkipOptions};
 use crate::tokenizer::EncodeOptions;
 
@@ -103,13 +103,20 @@ pub(super) struct ContextArgs {
 }
 
 impl ContextArgs {
-    pub fn options(&self, engine: &Engine, kv: KvArg, skip: &SkipArgs) -> Result<SessionOptions, Failure> {
+    pub fn options(
+        &self,
+        engine: &Engine,
+        kv: KvArg,
+        skip: &SkipArgs,
+        draft: &DraftArgs,
+    ) -> Result<SessionOptions, Failure> {
         let options = SessionOptions {
             context: self.context,
             batch: self.batch,
             kv: kv.into(),
             skip: skip.options(engine.model().config())?,
             context_shift: self.context_shift,
+            draft: draft.options(skip)?,
         };
         if let Some(context) = self.context {
             check_context(engine, context)?;
@@ -182,6 +189,44 @@ impl SkipArgs {
         };
         options.policy(config.layers).map_err(Failure::usage)?;
         Ok(options)
+    }
+}
+
+/// Guessing ahead.
+#[derive(Args)]
+pub(super) struct DraftArgs {
+    /// Guess tokens ahead and verify them together, for the same text in other time: off; skip, guesses of the model with
+    /// FFNs skipped as --skip says; lookup, what followed the last tokens earlier in the context
+    #[arg(long, value_name = "SOURCE", help_heading = "Drafting", default_value = "off", value_parser = PossibleValuesParser::new(DraftMode::names()))]
+    draft: String,
+    /// Tokens guessed at a time, at most: fewer, or none, when guesses have not been paying
+    #[arg(long, value_name = "N", help_heading = "Drafting", default_value_t = DraftOptions::default().max, value_parser = in_range(1, MAX_DRAFT))]
+    draft_tokens: usize,
+    /// Always guess --draft-tokens, whether it pays or not
+    #[arg(long, help_heading = "Drafting")]
+    draft_fixed: bool,
+}
+
+impl DraftArgs {
+    /// The options, checked against those of skipping.
+    fn options(&self, skip: &SkipArgs) -> Result<DraftOptions, Failure> {
+        let mode = DraftMode::from_name(&self.draft).unwrap_or_default();
+        let skips = skip.skip != SkipMode::Off;
+        let usage = |message: &str| Err(Failure::Usage(message.into()));
+        match mode {
+            DraftMode::Skip if !skips => {
+                return usage("--draft skip: name the policy that drafts with --skip");
+            }
+            DraftMode::Lookup if skips => {
+                return usage("--draft lookup: the text is the full model's, so --skip would have no effect");
+            }
+            DraftMode::Skip if skip.skip_prefill => {
+                return usage(
+                    "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
+                );
+            }
+            _ => Ok(DraftOptions { mode, max: self.draft_tokens, adaptive: !self.draft_fixed }),
+        }
     }
 }
 

@@ -192,6 +192,7 @@ impl State {
     }
 
     fn end_step(&mut self, n: usize, step: FfnStep) {
+        self.last_step = self.position..self.position + n;
         self.position += n;
         self.last_row = Some(n - 1);
         let governed_together = step != FfnStep::Full && n > 1;

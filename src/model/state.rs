@@ -1,5 +1,7 @@
 //! What a sequence has of its own: cache, position, skipping state; and the buffers of a step.
 
+use std::ops::Range;
+
 use super::{Config, KvCache, KvType, Model, ModelError};
 use crate::kernels::Kernels;
 use crate::ops::attention::AttentionScratch;
@@ -19,6 +21,8 @@ pub struct State {
     pub(super) measure: bool,
     /// Row of the last token in the buffers of the last step.
     pub(super) last_row: Option<usize>,
+    /// Positions of the last step's tokens; empty once the cache has changed otherwise.
+    pub(super) last_step: Range<usize>,
 }
 
 /// Which tokens of a step the skip policy governs.
@@ -83,6 +87,7 @@ impl State {
             stats: SkipStats::new(config.layers),
             measure: false,
             last_row: None,
+            last_step: 0..0,
         }
     }
 
@@ -137,9 +142,31 @@ impl State {
         if position < self.position {
             self.position = position;
             self.last_row = None;
+            self.last_step = 0..0;
         }
         if self.position == 0 {
             self.policy.reset();
+        }
+    }
+
+    /// Makes the first `rows` tokens of the last step the last ones: of the others nothing remains, but as
+    /// long as no other step follows, this may be called again with more rows.
+    ///
+    /// # Panics
+    /// If the last step had fewer tokens, or none.
+    pub fn keep_rows(&mut self, rows: usize) {
+        assert!(1 <= rows && rows <= self.last_step.len(), "{rows} rows of a step of {:?}", self.last_step);
+        self.position = self.last_step.start + rows;
+        self.last_row = Some(rows - 1);
+    }
+
+    /// Whether the tokens of a step are computed bit for bit as they would be one by one (and several of
+    /// them more slowly): what verifies a draft must be. Only for steps of up to
+    /// [`MAX_ALONE`](crate::ops::attention::MAX_ALONE) tokens.
+    pub fn each_alone(&mut self, each_alone: bool) {
+        let s = &mut self.scratch;
+        for inputs in [&mut s.normed, &mut s.attended, &mut s.inner, &mut s.last] {
+            inputs.each_alone(each_alone);
         }
     }
 
@@ -179,6 +206,7 @@ impl State {
             }
         }
         self.position = end - drop;
+        self.last_step = 0..0;
         Ok(())
     }
 
