@@ -1,7 +1,8 @@
 //! The forward pass.
 
+use super::probe::{FfnRows, MatmulInput, Probe};
 use super::state::Scratch;
-use super::{FfnStep, Layer, Model, ModelError, State};
+use super::{Attention, FfnStep, Layer, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
 use crate::quant::Matrix;
@@ -19,6 +20,18 @@ impl Model {
         tokens: &[u32],
         step: FfnStep,
     ) -> Result<(), ModelError> {
+        self.forward_probed(on, state, tokens, step, None)
+    }
+
+    /// [`forward`](Self::forward), with what `probe` asks for shown to it.
+    pub fn forward_probed(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        tokens: &[u32],
+        step: FfnStep,
+        mut probe: Option<&mut dyn Probe>,
+    ) -> Result<(), ModelError> {
         self.check(state, tokens)?;
         state.begin_step(tokens.len(), step);
         self.embed(tokens, &mut state.scratch.x);
@@ -26,8 +39,12 @@ impl Model {
         let (frequencies, magnitude) = (&self.rope_frequencies, self.config.rope.magnitude());
         state.scratch.rope.fill(on, frequencies, magnitude, first, tokens.len());
         for (i, layer) in self.layers.iter().enumerate() {
-            self.attention(on, state, layer, i, tokens.len());
-            self.ffn(on, state, layer, i, tokens.len(), step);
+            let probe = reborrow(&mut probe);
+            self.layer(on, state, layer, i, tokens.len(), step, probe);
+        }
+        if let Some(probe) = probe {
+            let d = self.config.embedding;
+            probe.stream(self.layers.len(), &state.scratch.x[..tokens.len() * d]);
         }
         state.end_step(tokens.len(), step);
         Ok(())
@@ -88,8 +105,40 @@ impl Model {
         }
     }
 
+    #[allow(clippy::too_many_arguments)]
+    fn layer(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        layer: &Layer,
+        index: usize,
+        n: usize,
+        step: FfnStep,
+        mut probe: Option<&mut dyn Probe>,
+    ) {
+        if let Some(probe) = &mut probe {
+            probe.stream(index, &state.scratch.x[..n * self.config.embedding]);
+        }
+        state.choose_layer_rows(index, n, step);
+        self.attention(on, state, layer, index, n, reborrow(&mut probe));
+        self.ffn(on, state, layer, index, n, step, probe);
+    }
+
     /// `x += W_o attention(rope(W_q norm(x)), rope(W_k norm(x)), W_v norm(x))`
-    fn attention(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize) {
+    ///
+    /// Rows that leave the layer out have keys and values all the same, so that no later token finds a hole.
+    fn attention(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        layer: &Layer,
+        index: usize,
+        n: usize,
+        mut probe: Option<&mut dyn Probe>,
+    ) {
+        if state.scratch.in_layer.is_empty() {
+            return self.keys_and_values(on, state, &layer.attention, index, n);
+        }
         let c = &self.config;
         let w = &layer.attention;
         let (first, s) = (state.position, &mut state.scratch);
@@ -97,6 +146,9 @@ impl Model {
         let qkv_dim = q_dim + 2 * kv_dim;
         let qkv = &mut s.qkv[..n * qkv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
+        if let Some(probe) = &mut probe {
+            probe.matmul(index, MatmulInput::Qkv, s.normed.values());
+        }
         let stack = [w.q.matrix(), w.k.matrix(), w.v.matrix()];
         matmul(on, &stack, &s.normed, Epilogue::Bias(&w.qkv_bias), qkv, &mut s.matmul);
         s.rope.apply(on, c.rope.style, qkv, qkv_dim, c.heads + c.kv_heads, c.head_dim);
@@ -111,12 +163,53 @@ impl Model {
         let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, first };
         attention(on, shape, (qkv, qkv_dim), keys, values, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
-        let x = &mut s.x[..n * c.embedding];
-        matmul(on, &[w.output.matrix()], &s.attended, Epilogue::Add, x, &mut s.matmul);
+        if let Some(probe) = &mut probe {
+            probe.matmul(index, MatmulInput::AttentionOutput, s.attended.values());
+        }
+        let output = [w.output.matrix()];
+        if s.in_layer.len() == n {
+            let x = &mut s.x[..n * c.embedding];
+            return matmul(on, &output, &s.attended, Epilogue::Add, x, &mut s.matmul);
+        }
+        // Some rows leave the layer out: what attention gives them is dropped.
+        let out = &mut s.ffn_out[..n * c.embedding];
+        matmul(on, &output, &s.attended, Epilogue::Store, out, &mut s.matmul);
+        for &row in &s.in_layer {
+            let out = &s.ffn_out[row * c.embedding..][..c.embedding];
+            add_rows(&mut s.x, &[row], out, c.embedding);
+        }
+    }
+
+    /// The part of [`attention`](Self::attention) that later tokens need.
+    fn keys_and_values(&self, on: Compute<'_>, state: &mut State, w: &Attention, index: usize, n: usize) {
+        let c = &self.config;
+        let (first, s) = (state.position, &mut state.scratch);
+        let kv_dim = c.kv_dim();
+        let kv = &mut s.qkv[..n * 2 * kv_dim];
+        rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
+        let stack = [w.k.matrix(), w.v.matrix()];
+        let bias = w.qkv_bias.get(c.q_dim()..).unwrap_or_default();
+        matmul(on, &stack, &s.normed, Epilogue::Bias(bias), kv, &mut s.matmul);
+        s.rope.apply(on, c.rope.style, kv, 2 * kv_dim, c.kv_heads, c.head_dim);
+        let (keys, values) = state.kv.layer_mut(index);
+        for (t, kv) in kv.chunks_exact(2 * kv_dim).enumerate() {
+            keys.write(first + t, &kv[..kv_dim]);
+            values.write(first + t, &kv[kv_dim..]);
+        }
     }
 
     /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the rows that the policy lets run.
-    fn ffn(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize, step: FfnStep) {
+    #[allow(clippy::too_many_arguments)]
+    fn ffn(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        layer: &Layer,
+        index: usize,
+        n: usize,
+        step: FfnStep,
+        mut probe: Option<&mut dyn Probe>,
+    ) {
         let c = &self.config;
         let w = &layer.ffn;
         state.choose_rows(index, n, step);
@@ -125,6 +218,7 @@ impl Model {
         if step != FfnStep::Full {
             stats.ran(index, s.active.len() as u64);
             stats.skipped(index, (n - s.active.len()) as u64);
+            stats.left_out(index, (n - s.in_layer.len()) as u64);
         }
         if s.active.is_empty() {
             return;
@@ -133,8 +227,12 @@ impl Model {
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);
+        if let Some(probe) = &mut probe {
+            probe.matmul(index, MatmulInput::GateUp, s.normed.values());
+            probe.matmul(index, MatmulInput::Down, s.inner.values());
+        }
         let down: [Matrix<'_>; 1] = [w.down.matrix()];
-        if s.active.len() == n && !observed {
+        if s.active.len() == n && !observed && probe.is_none() {
             let x = &mut s.x[..n * c.embedding];
             matmul(on, &down, &s.inner, Epilogue::Add, x, &mut s.matmul);
             return;
@@ -145,7 +243,20 @@ impl Model {
             observe(on, s, &mut **policy, stats, index, c.embedding, step);
         }
         let out = &s.ffn_out[..s.active.len() * c.embedding];
+        if let Some(probe) = probe {
+            let (rows, stream) = (&s.active[..], &s.x[..n * c.embedding]);
+            let (normed, inner) = (s.normed.values(), s.inner.values());
+            probe.ffn(index, FfnRows { rows, stream, normed, inner, out });
+        }
         add_rows(&mut s.x, &s.active, out, c.embedding);
+    }
+}
+
+/// The same probe, for a call that does not keep it.
+fn reborrow<'p>(probe: &'p mut Option<&mut dyn Probe>) -> Option<&'p mut dyn Probe> {
+    match probe {
+        Some(probe) => Some(&mut **probe),
+        None => None,
     }
 }
 
@@ -200,20 +311,38 @@ impl State {
         }
     }
 
+    /// The rows that run the layer at all.
+    fn choose_layer_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
+        let s = &mut self.scratch;
+        s.in_layer.clear();
+        match step {
+            FfnStep::Full => s.in_layer.extend(0..n),
+            FfnStep::Governed { .. } if n == 1 => {
+                s.in_layer.extend(self.policy.runs_layer(layer).then_some(0));
+            }
+            FfnStep::Governed { .. } => {
+                let policies = s.policies.iter_mut().enumerate();
+                s.in_layer.extend(policies.filter_map(|(i, p)| p.runs_layer(layer).then_some(i)));
+            }
+        }
+    }
+
+    /// Of the rows that run the layer, those whose FFN runs.
     fn choose_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
         let s = &mut self.scratch;
         s.active.clear();
         match step {
             FfnStep::Full => s.active.extend(0..n),
             FfnStep::Governed { .. } if n == 1 => {
-                if self.policy.decide(layer) == Decision::Run {
+                let in_layer = !s.in_layer.is_empty();
+                if in_layer && self.policy.decide(layer) == Decision::Run {
                     s.active.push(0);
                 }
             }
             FfnStep::Governed { .. } => {
-                let policies = s.policies.iter_mut().enumerate();
-                s.active
-                    .extend(policies.filter_map(|(i, p)| (p.decide(layer) == Decision::Run).then_some(i)));
+                let policies = &mut s.policies;
+                let runs = |&i: &usize| policies[i].decide(layer) == Decision::Run;
+                s.active.extend(s.in_layer.iter().copied().filter(runs));
             }
         }
     }

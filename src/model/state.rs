@@ -56,6 +56,8 @@ pub(super) struct Scratch {
     pub logits: Vec<f32>,
     /// `0..n`
     pub all_rows: Vec<usize>,
+    /// Rows that run the current layer at all.
+    pub in_layer: Vec<usize>,
     /// Rows whose FFN runs.
     pub active: Vec<usize>,
     /// The policy's state for each token of a step, where it governs several.
@@ -211,6 +213,7 @@ impl Scratch {
             last: Inputs::with_refined_capacity(1, d),
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
+            in_layer: Vec::with_capacity(batch),
             active: Vec::with_capacity(batch),
             policies: Vec::new(),
             matmul: (0..threads).map(|_| matmul()).collect(),

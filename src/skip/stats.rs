@@ -10,6 +10,7 @@ pub struct SkipStats {
 struct Layer {
     ran: u64,
     skipped: u64,
+    left_out: u64,
     cosine_sum: f64,
     cosines: u64,
 }
@@ -30,6 +31,11 @@ impl SkipStats {
         self.layers[layer].skipped += rows;
     }
 
+    /// The layer was left out as a whole for `rows` tokens, whose FFNs are counted as skipped too.
+    pub fn left_out(&mut self, layer: usize, rows: u64) {
+        self.layers[layer].left_out += rows;
+    }
+
     /// The cosine of an FFN that ran.
     pub fn cosine(&mut self, layer: usize, cosine: f32) {
         let layer = &mut self.layers[layer];
@@ -45,6 +51,7 @@ impl SkipStats {
         for (a, b) in self.layers.iter_mut().zip(&other.layers) {
             a.ran += b.ran;
             a.skipped += b.skipped;
+            a.left_out += b.left_out;
             a.cosine_sum += b.cosine_sum;
             a.cosines += b.cosines;
         }
@@ -63,6 +70,13 @@ impl SkipStats {
         };
         let (skipped, all) = (sum(|l| l.skipped), sum(|l| l.ran + l.skipped));
         if all == 0 { 0.0 } else { skipped as f64 / all as f64 }
+    }
+
+    /// Share of layers left out as a whole, 0 to 1.
+    pub fn layer_share(&self) -> f64 {
+        let sum = |of: fn(&Layer) -> u64| self.layers.iter().map(of).sum::<u64>();
+        let all = sum(|l| l.ran + l.skipped);
+        if all == 0 { 0.0 } else { sum(|l| l.left_out) as f64 / all as f64 }
     }
 
     /// Share of FFN blocks skipped in each layer, 0 to 1.
@@ -87,11 +101,13 @@ mod tests {
         assert_eq!(stats.share(), 0.0);
         stats.ran(0, 3);
         stats.skipped(1, 1);
+        stats.left_out(1, 1);
         stats.cosine(0, 0.5);
         stats.cosine(0, 1.0);
         stats.cosine(0, f32::NAN);
         assert_eq!(stats.share(), 0.25);
         assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 0.5);
+        assert_eq!(stats.layer_share(), 0.25);
         assert_eq!(stats.share_by_layer(), [0.0, 1.0]);
         assert_eq!(stats.mean_cosines(), [Some(0.75), None]);
         let mut twice = stats.clone();

@@ -1,0 +1,40 @@
+//! Looking on while a model runs: what calibration and importance matrices are made from.
+
+/// Shown what a forward pass computes, step by step; every method does nothing unless written anew.
+///
+/// Rows are those of the step, `[rows, columns]`, before any rounding to 8 bits.
+pub trait Probe {
+    /// The residual stream `[n, embedding]` that enters `layer`; that which leaves the last one comes as layer
+    /// `layers`.
+    fn stream(&mut self, _layer: usize, _x: &[f32]) {}
+
+    /// What the matrices named by `input` are multiplied with.
+    fn matmul(&mut self, _layer: usize, _input: MatmulInput, _x: &[f32]) {}
+
+    /// An FFN that ran, before its output is added to the stream.
+    fn ffn(&mut self, _layer: usize, _rows: FfnRows<'_>) {}
+}
+
+/// Matrices of a layer that share their input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum MatmulInput {
+    Qkv,
+    AttentionOutput,
+    GateUp,
+    Down,
+}
+
+/// The values of an FFN; `n` is the step's tokens, `r` those of them whose FFN ran.
+pub struct FfnRows<'a> {
+    /// Those tokens, `[r]`.
+    pub rows: &'a [usize],
+    /// `[n, embedding]`: the residual stream before the FFN.
+    pub stream: &'a [f32],
+    /// `[r, embedding]`: its norm, the input of gate and up.
+    pub normed: &'a [f32],
+    /// `[r, ffn]`: the input of down.
+    pub inner: &'a [f32],
+    /// `[r, embedding]`
+    pub out: &'a [f32],
+}
