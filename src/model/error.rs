@@ -28,6 +28,12 @@ pub enum ModelError {
         "the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)"
     )]
     ContextFull { needed: usize, context: usize },
+    #[error("the cut plan has {found} layers, the model {layers}")]
+    CutLayers { found: usize, layers: usize },
+    #[error("the cut plan's {what} of layer {layer} has {found} entries, expected {expected} or none")]
+    CutShape { layer: usize, what: &'static str, found: usize, expected: usize },
+    #[error("the cut plan's {what} of layer {layer} has {found} at {index}, expected {expected}")]
+    CutValue { layer: usize, what: &'static str, index: usize, found: f32, expected: &'static str },
     #[error("the threads cannot be started: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }

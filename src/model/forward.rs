@@ -1,7 +1,6 @@
 //! The forward pass.
 
-use super::probe::{FfnRows, MatmulInput, Probe};
-use super::state::Scratch;
+use super::probe::{FfnRows, MatmulInput};
 use super::{Attention, FfnStep, Layer, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
@@ -20,18 +19,6 @@ impl Model {
         tokens: &[u32],
         step: FfnStep,
     ) -> Result<(), ModelError> {
-        self.forward_probed(on, state, tokens, step, None)
-    }
-
-    /// [`forward`](Self::forward), with what `probe` asks for shown to it.
-    pub fn forward_probed(
-        &self,
-        on: Compute<'_>,
-        state: &mut State,
-        tokens: &[u32],
-        step: FfnStep,
-        mut probe: Option<&mut dyn Probe>,
-    ) -> Result<(), ModelError> {
         self.check(state, tokens)?;
         state.begin_step(tokens.len(), step);
         self.embed(tokens, &mut state.scratch.x);
@@ -39,13 +26,12 @@ impl Model {
         let (frequencies, magnitude) = (&self.rope_frequencies, self.config.rope.magnitude());
         state.scratch.rope.fill(on, frequencies, magnitude, first, tokens.len());
         for (i, layer) in self.layers.iter().enumerate() {
-            let probe = reborrow(&mut probe);
-            self.layer(on, state, layer, i, tokens.len(), step, probe);
+            state.show_stream(i, tokens.len());
+            state.choose_layer_rows(i, tokens.len(), step);
+            self.attention(on, state, layer, i, tokens.len());
+            self.ffn(on, state, layer, i, tokens.len(), step);
         }
-        if let Some(probe) = probe {
-            let d = self.config.embedding;
-            probe.stream(self.layers.len(), &state.scratch.x[..tokens.len() * d]);
-        }
+        state.show_stream(self.layers.len(), tokens.len());
         state.end_step(tokens.len(), step);
         Ok(())
     }
@@ -105,37 +91,10 @@ impl Model {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn layer(
-        &self,
-        on: Compute<'_>,
-        state: &mut State,
-        layer: &Layer,
-        index: usize,
-        n: usize,
-        step: FfnStep,
-        mut probe: Option<&mut dyn Probe>,
-    ) {
-        if let Some(probe) = &mut probe {
-            probe.stream(index, &state.scratch.x[..n * self.config.embedding]);
-        }
-        state.choose_layer_rows(index, n, step);
-        self.attention(on, state, layer, index, n, reborrow(&mut probe));
-        self.ffn(on, state, layer, index, n, step, probe);
-    }
-
     /// `x += W_o attention(rope(W_q norm(x)), rope(W_k norm(x)), W_v norm(x))`
     ///
     /// Rows that leave the layer out have keys and values all the same, so that no later token finds a hole.
-    fn attention(
-        &self,
-        on: Compute<'_>,
-        state: &mut State,
-        layer: &Layer,
-        index: usize,
-        n: usize,
-        mut probe: Option<&mut dyn Probe>,
-    ) {
+    fn attention(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize) {
         if state.scratch.in_layer.is_empty() {
             return self.keys_and_values(on, state, &layer.attention, index, n);
         }
@@ -146,7 +105,7 @@ impl Model {
         let qkv_dim = q_dim + 2 * kv_dim;
         let qkv = &mut s.qkv[..n * qkv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
-        if let Some(probe) = &mut probe {
+        if let Some(probe) = &mut state.probe {
             probe.matmul(index, MatmulInput::Qkv, s.normed.values());
         }
         let stack = [w.q.matrix(), w.k.matrix(), w.v.matrix()];
@@ -163,7 +122,7 @@ impl Model {
         let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, first };
         attention(on, shape, (qkv, qkv_dim), keys, values, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
-        if let Some(probe) = &mut probe {
+        if let Some(probe) = &mut state.probe {
             probe.matmul(index, MatmulInput::AttentionOutput, s.attended.values());
         }
         let output = [w.output.matrix()];
@@ -198,9 +157,25 @@ impl Model {
         }
     }
 
-    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the rows that the policy lets run.
-    #[allow(clippy::too_many_arguments)]
-    fn ffn(
+    /// The FFN of the rows that the policy lets run, in full or cut.
+    fn ffn(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize, step: FfnStep) {
+        state.choose_rows(index, step, self.cut(index).is_some());
+        let (full, cut) = (state.scratch.active.len(), state.scratch.cut_rows.len());
+        if step != FfnStep::Full {
+            state.stats.ran(index, (full + cut) as u64);
+            state.stats.skipped(index, (n - full - cut) as u64);
+            state.stats.left_out(index, (n - state.scratch.in_layer.len()) as u64);
+        }
+        if full > 0 {
+            self.ffn_full(on, state, layer, index, n, step);
+        }
+        if let Some(prepared) = self.cut(index).filter(|_| cut > 0) {
+            self.ffn_cut(on, state, layer, prepared, index, step);
+        }
+    }
+
+    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the active rows.
+    fn ffn_full(
         &self,
         on: Compute<'_>,
         state: &mut State,
@@ -208,26 +183,16 @@ impl Model {
         index: usize,
         n: usize,
         step: FfnStep,
-        mut probe: Option<&mut dyn Probe>,
     ) {
         let c = &self.config;
         let w = &layer.ffn;
-        state.choose_rows(index, n, step);
-        let observed = state.measure || (step != FfnStep::Full && state.policy.observes());
-        let State { scratch: s, policy, stats, .. } = state;
-        if step != FfnStep::Full {
-            stats.ran(index, s.active.len() as u64);
-            stats.skipped(index, (n - s.active.len()) as u64);
-            stats.left_out(index, (n - s.in_layer.len()) as u64);
-        }
-        if s.active.is_empty() {
-            return;
-        }
+        let observed = state.observed(step);
+        let State { scratch: s, policy, stats, probe, .. } = state;
         rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);
-        if let Some(probe) = &mut probe {
+        if let Some(probe) = probe {
             probe.matmul(index, MatmulInput::GateUp, s.normed.values());
             probe.matmul(index, MatmulInput::Down, s.inner.values());
         }
@@ -239,45 +204,40 @@ impl Model {
         }
         let out = &mut s.ffn_out[..s.active.len() * c.embedding];
         matmul(on, &down, &s.inner, Epilogue::Store, out, &mut s.matmul);
+        let ran = &s.active;
         if observed {
-            observe(on, s, &mut **policy, stats, index, c.embedding, step);
+            observe(on, &s.x, ran, out, (&mut **policy, &mut s.policies), stats, index, step);
         }
-        let out = &s.ffn_out[..s.active.len() * c.embedding];
         if let Some(probe) = probe {
-            let (rows, stream) = (&s.active[..], &s.x[..n * c.embedding]);
             let (normed, inner) = (s.normed.values(), s.inner.values());
-            probe.ffn(index, FfnRows { rows, stream, normed, inner, out });
+            let stream = &s.x[..n * c.embedding];
+            probe.ffn(index, FfnRows { rows: ran, stream, normed, inner, out });
         }
-        add_rows(&mut s.x, &s.active, out, c.embedding);
-    }
-}
-
-/// The same probe, for a call that does not keep it.
-fn reborrow<'p>(probe: &'p mut Option<&mut dyn Probe>) -> Option<&'p mut dyn Probe> {
-    match probe {
-        Some(probe) => Some(&mut **probe),
-        None => None,
+        add_rows(&mut s.x, ran, out, c.embedding);
     }
 }
 
 /// Reports `cos(h, h + f)` of the rows that ran: the residual stream before and after the FFN.
-fn observe(
+#[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
+pub(super) fn observe(
     on: Compute<'_>,
-    s: &mut Scratch,
-    policy: &mut dyn SkipPolicy,
+    x: &[f32],
+    rows: &[usize],
+    out: &[f32],
+    (policy, policies): (&mut dyn SkipPolicy, &mut [Box<dyn SkipPolicy>]),
     stats: &mut SkipStats,
     layer: usize,
-    d: usize,
     step: FfnStep,
 ) {
-    for (i, &row) in s.active.iter().enumerate() {
-        let (h, f) = (&s.x[row * d..][..d], &s.ffn_out[i * d..][..d]);
+    let d = out.len() / rows.len();
+    for (&row, f) in rows.iter().zip(out.chunks_exact(d)) {
+        let h = &x[row * d..][..d];
         let (hh, hf, ff) = (on.kernels.dot_f32(h, h), on.kernels.dot_f32(h, f), on.kernels.dot_f32(f, f));
         // h . (h + f) and |h + f|^2 without forming the sum.
         let cosine = (hh + hf) / (hh * (hh + 2.0 * hf + ff)).sqrt();
         stats.cosine(layer, cosine);
         if step != FfnStep::Full {
-            match s.policies.get_mut(row) {
+            match policies.get_mut(row) {
                 Some(policy) => policy.observe(layer, cosine),
                 None => policy.observe(layer, cosine),
             }
@@ -311,38 +271,54 @@ impl State {
         }
     }
 
+    /// Shows the stream that enters `layer` to whoever looks on.
+    fn show_stream(&mut self, layer: usize, n: usize) {
+        let s = &self.scratch;
+        if let Some(probe) = &mut self.probe {
+            probe.stream(layer, &s.x[..s.x.len() / s.batch * n]);
+        }
+    }
+
     /// The rows that run the layer at all.
     fn choose_layer_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
         let s = &mut self.scratch;
         s.in_layer.clear();
-        match step {
-            FfnStep::Full => s.in_layer.extend(0..n),
-            FfnStep::Governed { .. } if n == 1 => {
-                s.in_layer.extend(self.policy.runs_layer(layer).then_some(0));
-            }
-            FfnStep::Governed { .. } => {
-                let policies = s.policies.iter_mut().enumerate();
-                s.in_layer.extend(policies.filter_map(|(i, p)| p.runs_layer(layer).then_some(i)));
+        for row in 0..n {
+            let runs = match (step, s.policies.get_mut(row)) {
+                (FfnStep::Full, _) => true,
+                (FfnStep::Governed { .. }, Some(policy)) => policy.runs_layer(layer),
+                (FfnStep::Governed { .. }, None) => self.policy.runs_layer(layer),
+            };
+            if runs {
+                s.in_layer.push(row);
             }
         }
     }
 
-    /// Of the rows that run the layer, those whose FFN runs.
-    fn choose_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
+    /// Whether cosines of this step are measured.
+    pub(super) fn observed(&self, step: FfnStep) -> bool {
+        self.measure || (step != FfnStep::Full && self.policy.observes())
+    }
+
+    /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan.
+    fn choose_rows(&mut self, layer: usize, step: FfnStep, can_cut: bool) {
         let s = &mut self.scratch;
         s.active.clear();
-        match step {
-            FfnStep::Full => s.active.extend(0..n),
-            FfnStep::Governed { .. } if n == 1 => {
-                let in_layer = !s.in_layer.is_empty();
-                if in_layer && self.policy.decide(layer) == Decision::Run {
-                    s.active.push(0);
+        s.cut_rows.clear();
+        s.cuts.clear();
+        for &row in &s.in_layer {
+            let decision = match (step, s.policies.get_mut(row)) {
+                (FfnStep::Full, _) => Decision::Run,
+                (FfnStep::Governed { .. }, Some(policy)) => policy.decide(layer),
+                (FfnStep::Governed { .. }, None) => self.policy.decide(layer),
+            };
+            match decision {
+                Decision::Skip => {}
+                Decision::Cut(cut) if can_cut => {
+                    s.cut_rows.push(row);
+                    s.cuts.push(cut);
                 }
-            }
-            FfnStep::Governed { .. } => {
-                let policies = &mut s.policies;
-                let runs = |&i: &usize| policies[i].decide(layer) == Decision::Run;
-                s.active.extend(s.in_layer.iter().copied().filter(runs));
+                Decision::Run | Decision::Cut(_) => s.active.push(row),
             }
         }
     }

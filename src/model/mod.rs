@@ -4,6 +4,7 @@
 //! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
 
 mod config;
+mod cut;
 mod error;
 mod forward;
 mod kv;
@@ -24,6 +25,7 @@ pub use state::{FfnStep, State};
 use crate::gguf::Gguf;
 use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipOptions, SkipPolicy};
 use crate::weights::{Tensor, Weights};
+use cut::PreparedCut;
 
 /// A model whose weights are mapped. Shared by any number of sequences.
 pub struct Model {
@@ -32,6 +34,8 @@ pub struct Model {
     /// `[vocab, embedding]`
     embedding: Tensor,
     layers: Vec<Layer>,
+    /// What may be cut, by layer; empty until [`prepare_cuts`](Self::prepare_cuts).
+    cuts: Vec<Option<PreparedCut>>,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -59,8 +63,17 @@ impl Model {
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
         weights.read_ahead();
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
-        let calibration = OnceLock::new();
-        Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies, calibration })
+        Ok(Self {
+            config,
+            weights,
+            embedding,
+            layers,
+            cuts: Vec::new(),
+            output_norm,
+            output,
+            rope_frequencies,
+            calibration: OnceLock::new(),
+        })
     }
 
     /// Shapes and constants.

@@ -1,9 +1,12 @@
 //! Looking on while a model runs: what calibration and importance matrices are made from.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 /// Shown what a forward pass computes, step by step; every method does nothing unless written anew.
 ///
-/// Rows are those of the step, `[rows, columns]`, before any rounding to 8 bits.
-pub trait Probe {
+/// Rows are those of the step, `[rows, columns]`, before any rounding to 8 bits. A state takes its probe for good:
+/// who wants to read what was gathered shares it, as `Arc<Mutex<P>>`, which is a probe if `P` is.
+pub trait Probe: Send {
     /// The residual stream `[n, embedding]` that enters `layer`; that which leaves the last one comes as layer
     /// `layers`.
     fn stream(&mut self, _layer: usize, _x: &[f32]) {}
@@ -37,4 +40,16 @@ pub struct FfnRows<'a> {
     pub inner: &'a [f32],
     /// `[r, embedding]`
     pub out: &'a [f32],
+}
+
+impl<P: Probe> Probe for Arc<Mutex<P>> {
+    fn stream(&mut self, layer: usize, x: &[f32]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).stream(layer, x);
+    }
+    fn matmul(&mut self, layer: usize, input: MatmulInput, x: &[f32]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).matmul(layer, input, x);
+    }
+    fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).ffn(layer, rows);
+    }
 }

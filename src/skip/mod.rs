@@ -7,6 +7,7 @@
 //! compares with leave out whole layers; their tokens have keys and values all the same.
 
 mod baselines;
+mod cut;
 mod ffn_skip;
 
 mod calibration;
@@ -15,17 +16,21 @@ mod stats;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
 pub use calibration::{Calibration, CalibrationError, Curve, Point};
+pub use cut::{Cut, CutPlan, CutSide, LayerCut};
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
 pub use stats::SkipStats;
 
 /// Whether an FFN runs for a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
     /// At full strength.
     Run,
     /// Not at all: the residual stream passes unchanged, and the weights are not read.
     Skip,
+    /// Without the inputs and neurons below these thresholds, in layers that the model's [`CutPlan`] has;
+    /// in others as [`Run`](Self::Run).
+    Cut(Cut),
 }
 
 /// Decides about the FFNs of one sequence.
