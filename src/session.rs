@@ -166,7 +166,7 @@ impl<'e> Session<'e> {
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Self, SessionError> {
         let config = engine.model.config();
         let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
-        let policy = options.skip.policy(config.layers).map_err(ModelError::from)?;
+        let policy = engine.model.policy(&options.skip).map_err(ModelError::from)?;
         let state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
         Ok(Self {
             engine,

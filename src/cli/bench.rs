@@ -88,8 +88,7 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let model = Model::load(&args.model.resolve()?)?;
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
     check_cache(model.config(), "a test of so many tokens:", longest)?;
-    let options =
-        BenchOptions { batch: args.batch, kv: args.kv.into(), skip: args.skip.options(model.config())? };
+    let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip: args.skip.options(&model)? };
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
 
     let listener = Listener::new();

@@ -117,7 +117,7 @@ impl PplArgs {
             chunks: self.chunks,
             warm: self.warm,
             kv: self.engine.kv.into(),
-            skip: self.skip.options(engine.model().config())?,
+            skip: self.skip.options(engine.model())?,
             kl: self.kl,
             logits_out: self.logits_out.clone(),
         })

@@ -91,7 +91,7 @@ pub fn perplexity(
 ) -> Result<PerplexityReport, EvalError> {
     let run = Run::new(engine, tokens, options)?;
     let mut sums = Sums::default();
-    let mut test = run.state(options.skip.policy(engine.model().config().layers).map_err(ModelError::from)?);
+    let mut test = run.state(engine.model().policy(&options.skip).map_err(ModelError::from)?);
     test.measure_cosines(true);
     let mut full = options.kl.then(|| run.state(Box::new(Never)));
     let mut out = run.logits_file()?;

@@ -2,11 +2,11 @@
 
 use std::ops::Range;
 
-use super::{Config, KvCache, KvType, Model, ModelError};
+use super::{KvCache, KvType, Model, ModelError, Probe};
 use crate::kernels::Kernels;
 use crate::ops::attention::AttentionScratch;
 use crate::ops::{Compute, Inputs, MatmulScratch, RopeTable};
-use crate::skip::{SkipPolicy, SkipStats};
+use crate::skip::{Cut, SkipPolicy, SkipStats};
 use crate::threads::Team;
 
 /// A sequence being evaluated. All memory of decoding is allocated here, once.
@@ -19,6 +19,8 @@ pub struct State {
     pub(super) stats: SkipStats,
     /// Whether cosines are measured even if the policy does not ask.
     pub(super) measure: bool,
+    /// Looks on.
+    pub(super) probe: Option<Box<dyn Probe>>,
     /// Row of the last token in the buffers of the last step.
     pub(super) last_row: Option<usize>,
     /// Positions of the last step's tokens; empty once the cache has changed otherwise.
@@ -60,8 +62,16 @@ pub(super) struct Scratch {
     pub logits: Vec<f32>,
     /// `0..n`
     pub all_rows: Vec<usize>,
-    /// Rows whose FFN runs.
+    /// Rows that run the current layer at all.
+    pub in_layer: Vec<usize>,
+    /// Rows whose FFN runs in full.
     pub active: Vec<usize>,
+    /// Rows whose FFN runs with a cut.
+    pub cut_rows: Vec<usize>,
+    /// The cut of each of `cut_rows`.
+    pub cuts: Vec<Cut>,
+    /// `[rows, 2 ffn]`: gate and up of rows with a cut; empty for models without a plan.
+    pub gate_up: Vec<f32>,
     /// The policy's state for each token of a step, where it governs several.
     pub policies: Vec<Box<dyn SkipPolicy>>,
     pub matmul: Vec<MatmulScratch>,
@@ -81,11 +91,12 @@ impl State {
         let batch = batch.clamp(1, context.max(1));
         Self {
             kv: KvCache::new(config, context, kv),
-            scratch: Scratch::new(config, batch, team.threads()),
+            scratch: Scratch::new(model, batch, team.threads()),
             position: 0,
             policy,
             stats: SkipStats::new(config.layers),
             measure: false,
+            probe: None,
             last_row: None,
             last_step: 0..0,
         }
@@ -124,6 +135,11 @@ impl State {
     /// Measures the cosine of every FFN that runs, whatever the policy.
     pub fn measure_cosines(&mut self, measure: bool) {
         self.measure = measure;
+    }
+
+    /// Shows `probe` what the following steps compute, or nobody.
+    pub fn set_probe(&mut self, probe: Option<Box<dyn Probe>>) {
+        self.probe = probe;
     }
 
     /// Replaces the policy.
@@ -222,7 +238,8 @@ impl State {
 }
 
 impl Scratch {
-    fn new(config: &Config, batch: usize, threads: usize) -> Self {
+    fn new(model: &Model, batch: usize, threads: usize) -> Self {
+        let config = model.config();
         let (d, q, kv, ffn) = (config.embedding, config.q_dim(), config.kv_dim(), config.ffn);
         let widest = config.vocab.max(ffn).max(q + 2 * kv).max(d);
         let matmul = || MatmulScratch::with_capacity(batch, widest.div_ceil(4 * threads));
@@ -239,7 +256,11 @@ impl Scratch {
             last: Inputs::with_refined_capacity(1, d),
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
+            in_layer: Vec::with_capacity(batch),
             active: Vec::with_capacity(batch),
+            cut_rows: Vec::with_capacity(batch),
+            cuts: Vec::with_capacity(batch),
+            gate_up: vec![0.0; if model.has_cuts() { batch * 2 * ffn } else { 0 }],
             policies: Vec::new(),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: (0..threads).map(|_| attention()).collect(),

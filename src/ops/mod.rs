@@ -9,7 +9,7 @@ mod norm;
 mod rope;
 
 pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu};
-pub use norm::{add_rows, rms_norm};
+pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 
 use crate::kernels::{Activations, Kernels};

@@ -123,10 +123,7 @@ fn acts_q8_0(x: &Q8Row<'_>, at: usize) -> ActsQ8 {
             start::<7>(_mm512_maskz_expand_epi32(0x0303, sums)),
             start::<7>(_mm512_maskz_expand_epi32(0x0303, upper)),
         ],
-        scale: [
-            _mm512_permutexvar_ps(lanes(&LOW), scale),
-            _mm512_permutexvar_ps(lanes(&HIGH), scale),
-        ],
+        scale: [_mm512_permutexvar_ps(lanes(&LOW), scale), _mm512_permutexvar_ps(lanes(&HIGH), scale)],
     }
 }
 
@@ -159,7 +156,8 @@ impl KeepLast for ActsQ8 {
     fn keep_last(&mut self, blocks: usize) {
         let lanes = 0xffff_ffffu64 << (32 - 8 * blocks);
         // SAFETY: only the kernels of this module make `ActsQ8`.
-        self.scale = unsafe { [keep(lanes as u16, self.scale[0]), keep((lanes >> 16) as u16, self.scale[1])] };
+        self.scale =
+            unsafe { [keep(lanes as u16, self.scale[0]), keep((lanes >> 16) as u16, self.scale[1])] };
     }
 }
 
@@ -362,7 +360,12 @@ dot_rows!(dot_q4_1, 128, 80, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q4_1
 dot_rows!(dot_q5_0, 128, 88, acts4::<4>, |b, a, acc| step4::<false>(&blocks::q5_0(b), a, acc));
 dot_rows!(dot_q5_1, 128, 96, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q5_1(b), a, acc));
 dot_rows!(dot_q8_0, 128, 136, acts_q8_0, |b, a, acc| step_q8_0(&blocks::q8_0(b), a, acc));
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, |b, a, acc| step8::<true>(&blocks::q2_k(b), a, &SPREAD_16, acc));
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, |b, a, acc| step8::<true>(
+    &blocks::q2_k(b),
+    a,
+    &SPREAD_16,
+    acc
+));
 dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, |b, a, acc| step8::<false>(
     &blocks::q3_k(b),
     a,

@@ -1,0 +1,55 @@
+//! Looking on while a model runs: what calibration and importance matrices are made from.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Shown what a forward pass computes, step by step; every method does nothing unless written anew.
+///
+/// Rows are those of the step, `[rows, columns]`, before any rounding to 8 bits. A state takes its probe for good:
+/// who wants to read what was gathered shares it, as `Arc<Mutex<P>>`, which is a probe if `P` is.
+pub trait Probe: Send {
+    /// The residual stream `[n, embedding]` that enters `layer`; that which leaves the last one comes as layer
+    /// `layers`.
+    fn stream(&mut self, _layer: usize, _x: &[f32]) {}
+
+    /// What the matrices named by `input` are multiplied with.
+    fn matmul(&mut self, _layer: usize, _input: MatmulInput, _x: &[f32]) {}
+
+    /// An FFN that ran, before its output is added to the stream.
+    fn ffn(&mut self, _layer: usize, _rows: FfnRows<'_>) {}
+}
+
+/// Matrices of a layer that share their input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(missing_docs)]
+pub enum MatmulInput {
+    Qkv,
+    AttentionOutput,
+    GateUp,
+    Down,
+}
+
+/// The values of an FFN; `n` is the step's tokens, `r` those of them whose FFN ran.
+pub struct FfnRows<'a> {
+    /// Those tokens, `[r]`.
+    pub rows: &'a [usize],
+    /// `[n, embedding]`: the residual stream before the FFN.
+    pub stream: &'a [f32],
+    /// `[r, embedding]`: its norm, the input of gate and up.
+    pub normed: &'a [f32],
+    /// `[r, ffn]`: the input of down.
+    pub inner: &'a [f32],
+    /// `[r, embedding]`
+    pub out: &'a [f32],
+}
+
+impl<P: Probe> Probe for Arc<Mutex<P>> {
+    fn stream(&mut self, layer: usize, x: &[f32]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).stream(layer, x);
+    }
+    fn matmul(&mut self, layer: usize, input: MatmulInput, x: &[f32]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).matmul(layer, input, x);
+    }
+    fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).ffn(layer, rows);
+    }
+}

@@ -1,0 +1,308 @@
+//! What a calibration run has learnt about a model, and its form in a `.skip.gguf` file.
+//!
+//! The keys are documented in docs/skip-file.md. A file is hostile until [`Calibration::read`] has returned:
+//! every length is checked against the model's shape and every number against its range.
+
+use crate::gguf::{Builder, Error as GgufError, Metadata, StringArray};
+
+use super::ModelFacts;
+
+/// Version of the keys.
+const VERSION: u32 = 1;
+/// Most entries of a curve and most points: far more than `skiff calibrate` writes.
+const MAX_ENTRIES: usize = 1024;
+
+/// How a policy's strength sets the share that it skips, measured on the calibration text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Curve {
+    /// Shares, 0 to 1, rising.
+    pub ratios: Vec<f32>,
+    /// The strength that gives each.
+    pub strengths: Vec<f32>,
+}
+
+impl Curve {
+    /// The strength that gives `ratio`, interpolated; `None` beyond the largest measured.
+    pub fn strength(&self, ratio: f32) -> Option<f32> {
+        let at = self.ratios.iter().position(|&r| r >= ratio)?;
+        if at == 0 {
+            return self.strengths.first().copied();
+        }
+        let (low, high) = (self.ratios[at - 1], self.ratios[at]);
+        let t = (ratio - low) / (high - low).max(f32::EPSILON);
+        Some(self.strengths[at - 1] + t * (self.strengths[at] - self.strengths[at - 1]))
+    }
+
+    /// The largest measured share.
+    pub fn most(&self) -> f32 {
+        self.ratios.last().copied().unwrap_or(0.0)
+    }
+}
+
+/// The measured quality of a policy at a strength, on text that it was not calibrated on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Point {
+    /// Name of the policy.
+    pub policy: String,
+    /// The `--skip-ratio` that was asked for.
+    pub ratio: f32,
+    /// Share of FFN blocks skipped.
+    pub blocks: f32,
+    /// Share of FFN weight bytes left unread.
+    pub bytes: f32,
+    /// Perplexity in units of the full model's.
+    pub perplexity: f32,
+    /// Mean KL divergence from the full model, nats.
+    pub kl: f32,
+    /// Share of tokens whose most likely successor is the full model's.
+    pub same_top1: f32,
+}
+
+/// What `skiff calibrate` measures. Vectors have an entry a layer unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Calibration {
+    /// [Fingerprint](crate::weights::Weights::fingerprint) of the model.
+    pub model: String,
+    /// Name of the calibration text.
+    pub text: String,
+    /// Tokens of it that were evaluated.
+    pub tokens: u32,
+    /// Mean `cos(h, h + FFN(norm(h)))`.
+    pub cosines: Vec<f32>,
+    /// Block Influence, `1 - mean cos(layer in, layer out)`.
+    pub influence: Vec<f32>,
+    /// Mean KL divergence that skipping this FFN alone causes, nats.
+    pub damage: Vec<f32>,
+    /// First layer whose FFN may be skipped, and the first after the last.
+    pub cold: (usize, usize),
+    /// `ffn-skip` with `k` = 1: cosine threshold by share of blocks.
+    pub ffn_skip: Curve,
+    /// Measured points, in no order.
+    pub points: Vec<Point>,
+    /// Index of the point that `--skip auto` takes.
+    pub auto: Option<usize>,
+}
+
+/// Why a calibration file does not serve.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[allow(missing_docs)]
+pub enum CalibrationError {
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("not a calibration file: general.architecture is {found:?}, expected \"skip\"")]
+    NotOne { found: String },
+    #[error("skip.version {found}: this program reads version {VERSION}; calibrate anew")]
+    Version { found: u32 },
+    #[error("calibrated for another model ({key} {found}, this model has {expected}); calibrate anew")]
+    OtherModel { key: &'static str, found: String, expected: String },
+    #[error("{key} has {found} entries, expected {expected}")]
+    Length { key: String, found: usize, expected: usize },
+    #[error("{key}[{index}] is {found}, expected {expected}")]
+    Value { key: String, index: usize, found: f32, expected: &'static str },
+    #[error("{key} is {found}, expected {expected}")]
+    Number { key: &'static str, found: usize, expected: String },
+}
+
+type Result<T> = std::result::Result<T, CalibrationError>;
+
+impl Calibration {
+    /// The layers of `warm`, best to skip first: those whose FFN turns the stream least.
+    pub fn static_order(&self, warm: std::ops::Range<usize>) -> Vec<usize> {
+        let mut layers: Vec<usize> = warm.collect();
+        layers.sort_by(|&a, &b| self.cosines[b].total_cmp(&self.cosines[a]));
+        layers
+    }
+
+    /// The layers of `warm`, least influence first.
+    pub fn influence_order(&self, warm: std::ops::Range<usize>) -> Vec<usize> {
+        let mut layers: Vec<usize> = warm.collect();
+        layers.sort_by(|&a, &b| self.influence[a].total_cmp(&self.influence[b]));
+        layers
+    }
+
+    /// The point that `--skip auto` takes.
+    pub fn auto_point(&self) -> Option<&Point> {
+        self.auto.and_then(|i| self.points.get(i))
+    }
+
+    /// Reads the keys of a file for a model of the shapes `facts` and with `fingerprint`.
+    pub fn read(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Result<Self> {
+        check_kind(metadata, facts, fingerprint)?;
+        let r = Reader { metadata };
+        let layers = facts.layers;
+        let (start, end) = (metadata.usize("skip.cold.start")?, metadata.usize("skip.cold.end")?);
+        if start > end || end > layers {
+            let expected = format!("a layer from {start} to {layers}");
+            return Err(CalibrationError::Number { key: "skip.cold.end", found: end, expected });
+        }
+        let points = r.points()?;
+        let auto = metadata.opt_usize("skip.auto")?;
+        if let Some(found) = auto.filter(|&i| i >= points.len()) {
+            let expected = format!("the index of one of {} points", points.len());
+            return Err(CalibrationError::Number { key: "skip.auto", found, expected });
+        }
+        Ok(Self {
+            model: fingerprint.to_owned(),
+            text: metadata.opt_str("skip.text")?.unwrap_or_default().to_owned(),
+            tokens: metadata.u32("skip.tokens")?,
+            cosines: r.numbers("skip.cosine", layers, &COSINE)?,
+            influence: r.numbers("skip.influence", layers, &INFLUENCE)?,
+            damage: r.numbers("skip.damage", layers, &POSITIVE)?,
+            cold: (start, end),
+            ffn_skip: r.curve("skip.ffn_skip", &COSINE)?,
+            points,
+            auto,
+        })
+    }
+
+    /// Puts the keys into a file.
+    pub fn write(&self, file: &mut Builder, facts: &ModelFacts) -> std::result::Result<(), GgufError> {
+        file.insert("general.architecture", "skip")?;
+        file.insert("skip.version", VERSION)?;
+        file.insert("skip.model.fingerprint", self.model.as_str())?;
+        file.insert("skip.model.layers", facts.layers as u32)?;
+        file.insert("skip.model.embedding", facts.embedding as u32)?;
+        file.insert("skip.model.ffn", facts.ffn as u32)?;
+        file.insert("skip.text", self.text.as_str())?;
+        file.insert("skip.tokens", self.tokens)?;
+        file.insert("skip.cosine", self.cosines.clone())?;
+        file.insert("skip.influence", self.influence.clone())?;
+        file.insert("skip.damage", self.damage.clone())?;
+        file.insert("skip.cold.start", self.cold.0 as u32)?;
+        file.insert("skip.cold.end", self.cold.1 as u32)?;
+        file.insert("skip.ffn_skip.ratio", self.ffn_skip.ratios.clone())?;
+        file.insert("skip.ffn_skip.strength", self.ffn_skip.strengths.clone())?;
+        self.write_points(file)
+    }
+
+    fn write_points(&self, file: &mut Builder) -> std::result::Result<(), GgufError> {
+        let policies: StringArray = self.points.iter().map(|p| p.policy.as_str()).collect();
+        file.insert("skip.point.policy", policies)?;
+        for (name, of) in POINT_FIELDS {
+            let values: Vec<f32> = self.points.iter().map(|p| *of(&mut p.clone())).collect();
+            file.insert(format!("skip.point.{name}"), values)?;
+        }
+        self.auto.map_or(Ok(()), |i| file.insert("skip.auto", i as u32))
+    }
+}
+
+/// The numbers of a point, by the end of their key.
+const POINT_FIELDS: [(&str, fn(&mut Point) -> &mut f32); 6] = [
+    ("ratio", |p| &mut p.ratio),
+    ("blocks", |p| &mut p.blocks),
+    ("bytes", |p| &mut p.bytes),
+    ("perplexity", |p| &mut p.perplexity),
+    ("kl", |p| &mut p.kl),
+    ("same_top1", |p| &mut p.same_top1),
+];
+
+/// What a number may be, in words and as a test.
+type Range = (&'static str, fn(f32) -> bool);
+const COSINE: Range = ("a cosine, -1 to 1", |v| (-1.0..=1.0).contains(&v));
+const INFLUENCE: Range = ("0 to 2", |v| (0.0..=2.0).contains(&v));
+const SHARE: Range = ("a share, 0 to 1", |v| (0.0..=1.0).contains(&v));
+const POSITIVE: Range = ("a number from 0 on", |v| v >= 0.0 && v.is_finite());
+
+fn check_kind(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Result<()> {
+    let kind = metadata.str("general.architecture")?;
+    if kind != "skip" {
+        return Err(CalibrationError::NotOne { found: kind.to_owned() });
+    }
+    let found = metadata.u32("skip.version")?;
+    if found != VERSION {
+        return Err(CalibrationError::Version { found });
+    }
+    let other = |key, found: &str, expected: &str| {
+        Err(CalibrationError::OtherModel { key, found: found.to_owned(), expected: expected.to_owned() })
+    };
+    let shapes = [
+        ("skip.model.layers", facts.layers),
+        ("skip.model.embedding", facts.embedding),
+        ("skip.model.ffn", facts.ffn),
+    ];
+    for (key, expected) in shapes {
+        let found = metadata.usize(key)?;
+        if found != expected {
+            return other(key, &found.to_string(), &expected.to_string());
+        }
+    }
+    let found = metadata.str("skip.model.fingerprint")?;
+    if found != fingerprint { other("skip.model.fingerprint", found, fingerprint) } else { Ok(()) }
+}
+
+/// Checked lookups.
+pub(super) struct Reader<'a> {
+    pub metadata: &'a Metadata,
+}
+
+impl Reader<'_> {
+    /// The array at `key`, of `expected` entries in `range`.
+    fn numbers(&self, key: &str, expected: usize, range: &Range) -> Result<Vec<f32>> {
+        let values = self.metadata.array_f32(key)?;
+        if values.len() != expected {
+            return Err(CalibrationError::Length { key: key.into(), found: values.len(), expected });
+        }
+        match values.iter().position(|&v| !range.1(v)) {
+            Some(index) => {
+                let (key, found, expected) = (key.to_owned(), values[index], range.0);
+                Err(CalibrationError::Value { key, index, found, expected })
+            }
+            None => Ok(values.to_vec()),
+        }
+    }
+
+    /// The curve whose keys begin with `prefix`.
+    fn curve(&self, prefix: &str, strength: &Range) -> Result<Curve> {
+        let key = format!("{prefix}.ratio");
+        let n = self.metadata.array_f32(&key)?.len().min(MAX_ENTRIES);
+        let ratios = self.numbers(&key, n, &SHARE)?;
+        if let Some(i) = ratios.windows(2).position(|pair| pair[0] > pair[1]) {
+            let (index, found, expected) = (i + 1, ratios[i + 1], "no less than the entry before");
+            return Err(CalibrationError::Value { key, index, found, expected });
+        }
+        let strengths = self.numbers(&format!("{prefix}.strength"), n, strength)?;
+        Ok(Curve { ratios, strengths })
+    }
+
+    fn points(&self) -> Result<Vec<Point>> {
+        let policies = self.metadata.array_str("skip.point.policy")?;
+        let n = policies.len();
+        if n > MAX_ENTRIES {
+            let key = "skip.point.policy".to_owned();
+            return Err(CalibrationError::Length { key, found: n, expected: MAX_ENTRIES });
+        }
+        let name = |i| String::from_utf8_lossy(policies.get(i).unwrap_or_default()).into_owned();
+        let point = |i| Point {
+            policy: name(i),
+            ratio: 0.0,
+            blocks: 0.0,
+            bytes: 0.0,
+            perplexity: 0.0,
+            kl: 0.0,
+            same_top1: 0.0,
+        };
+        let mut points: Vec<Point> = (0..n).map(point).collect();
+        for (name, of) in POINT_FIELDS {
+            let range = if matches!(name, "perplexity" | "kl") { &POSITIVE } else { &SHARE };
+            let values = self.numbers(&format!("skip.point.{name}"), n, range)?;
+            points.iter_mut().zip(values).for_each(|(point, value)| *of(point) = value);
+        }
+        Ok(points)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn curves_interpolate_and_end() {
+        let curve = Curve { ratios: vec![0.1, 0.2, 0.2, 0.4], strengths: vec![5.0, 4.0, 3.0, 1.0] };
+        assert_eq!(curve.strength(0.05), Some(5.0));
+        assert!((curve.strength(0.15).unwrap() - 4.5).abs() < 1e-5);
+        assert_eq!(curve.strength(0.2), Some(4.0));
+        assert!((curve.strength(0.3).unwrap() - 2.0).abs() < 1e-5);
+        assert_eq!((curve.strength(0.41), curve.most()), (None, 0.4));
+        assert_eq!(Curve::default().strength(0.1), None);
+    }
+}
