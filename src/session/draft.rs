@@ -77,9 +77,10 @@ pub struct DraftStats {
 /// Longest run of tokens that a lookup compares.
 const LONGEST: usize = 4;
 
-/// Up to `max` tokens that followed the last tokens of `context` where they stood before, and how many
-/// tokens agreed: the longest agreement, at most [`LONGEST`], the latest of equals.
-pub fn lookup(context: &[u32], max: usize) -> (&[u32], usize) {
+/// The `max` tokens that followed the last tokens of `context` where they stood before, and how many tokens
+/// agreed: the longest agreement, at most [`LONGEST`], the latest of equals. Past the end of the context what
+/// was found is taken to repeat itself.
+pub fn lookup(context: &[u32], max: usize) -> (Vec<u32>, usize) {
     let n = context.len();
     let mut best = (0, 0);
     for end in (1..n).rev() {
@@ -93,10 +94,8 @@ pub fn lookup(context: &[u32], max: usize) -> (&[u32], usize) {
         }
     }
     let (end, agree) = best;
-    if agree == 0 {
-        return (&[], 0);
-    }
-    (&context[end..(end + max).min(n)], agree)
+    let found = if agree == 0 { &[] } else { &context[end..] };
+    (found.iter().cycle().take(max).copied().collect(), agree)
 }
 
 /// A guess less likely than this, by the model that guesses, is rarely right.
@@ -197,15 +196,15 @@ mod tests {
 
     #[test]
     fn lookup_finds_the_longest_agreement_and_the_latest_of_equals() {
-        assert_eq!(lookup(&[], 3), (&[][..], 0));
-        assert_eq!(lookup(&[7], 3), (&[][..], 0));
-        assert_eq!(lookup(&[1, 2, 3], 3), (&[][..], 0));
-        assert_eq!(lookup(&[5, 1, 9, 1], 3), (&[9, 1][..], 1));
-        assert_eq!(lookup(&[1, 2, 8, 0, 2, 9, 1, 2], 2), (&[8, 0][..], 2), "two tokens beat the later one");
-        assert_eq!(lookup(&[1, 8, 1, 9, 1], 1), (&[9][..], 1), "the later one");
-        assert_eq!(lookup(&[4, 4, 4], 5), (&[4][..], 2), "a run may overlap with itself");
+        assert_eq!(lookup(&[], 3), (vec![], 0));
+        assert_eq!(lookup(&[7], 3), (vec![], 0));
+        assert_eq!(lookup(&[1, 2, 3], 3), (vec![], 0));
+        assert_eq!(lookup(&[5, 1, 9, 1], 3), (vec![9, 1, 9], 1), "taken to repeat itself");
+        assert_eq!(lookup(&[1, 2, 8, 0, 2, 9, 1, 2], 2), (vec![8, 0], 2), "two tokens beat the later one");
+        assert_eq!(lookup(&[1, 8, 1, 9, 1], 1), (vec![9], 1), "the later one");
+        assert_eq!(lookup(&[4, 4, 4], 4), (vec![4; 4], 2), "a run overlaps with itself");
         let long: Vec<u32> = (0..10).chain(0..8).collect();
-        assert_eq!(lookup(&long, 3), (&[8, 9, 0][..], LONGEST));
+        assert_eq!(lookup(&long, 3), (vec![8, 9, 0], LONGEST));
     }
 
     fn ms(n: f64) -> Duration {
