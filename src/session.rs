@@ -272,14 +272,9 @@ impl<'e> Session<'e> {
     fn verify(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
         let (model, on, state) = (&self.engine.model, self.engine.compute(), &mut self.state);
         logits.resize(tokens.len() * model.config().vocab, 0.0);
-        state.each_alone(true);
-        let done = model.forward(on, state, tokens, FfnStep::Full);
-        if done.is_ok() {
-            model.logits_of(on, state, 0..tokens.len(), logits);
-            state.keep_rows(1);
-        }
-        state.each_alone(false);
-        done?;
+        model.forward(on, state, tokens, FfnStep::Full)?;
+        model.logits_of(on, state, 0..tokens.len(), logits);
+        state.keep_rows(1);
         self.tokens.push(tokens[0]);
         Ok(())
     }

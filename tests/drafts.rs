@@ -43,10 +43,8 @@ fn logits(
     let (vocab, mut all) = (model.config().vocab, Vec::new());
     if together {
         all.resize(n * vocab, 0.0);
-        state.each_alone(true);
         model.forward(on, &mut state, &tokens[first..first + n], FfnStep::Full).unwrap();
         model.logits_of(on, &mut state, 0..n, &mut all);
-        state.each_alone(false);
     } else {
         for token in &tokens[first..first + n] {
             model.forward(on, &mut state, &[*token], FfnStep::Governed { index: 0 }).unwrap();
@@ -88,7 +86,6 @@ fn rows_that_are_not_kept_leave_no_trace() {
     let state = || State::new(&model, &team, (32, 16), KvType::F16, Box::new(Never));
     let (mut plain, mut kept) = (state(), state());
     model.forward(on, &mut plain, &[1, 2, 3, 4], FfnStep::Full).unwrap();
-    kept.each_alone(true);
     model.forward(on, &mut kept, &[1, 2, 3, 4, 99, 98], FfnStep::Full).unwrap();
     for rows in [1, 4] {
         kept.keep_rows(rows);

@@ -188,6 +188,28 @@ fn a_row_does_not_depend_on_its_neighbours() {
 }
 
 #[test]
+fn products_of_several_tokens_are_those_of_each() {
+    let mut rng = Rng(17);
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            for (cols, rows) in columns(ty).into_iter().zip([1, 4, 5, 6, 9, 3, 2, 8, 7]) {
+                for tokens in [1, 2, 3, 4, 7, 9] {
+                    let w = weights(&mut rng, ty, rows, cols);
+                    let acts = activations(&mut rng, k, tokens, cols);
+                    let (mut all, mut one) = (vec![0f32; tokens * rows], vec![0f32; rows]);
+                    k.dot_tokens(ty, &w, &acts, &mut all);
+                    for (t, all) in all.chunks_exact(rows).enumerate() {
+                        k.dot(ty, &w, acts.row(t), &mut one);
+                        let bits = |v: &[f32]| v.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+                        assert_eq!(bits(all), bits(&one), "{} {ty} {rows}x{cols} token {t}", k.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn unpacked_panels_equal_scalar() {
     let mut rng = Rng(13);
     for k in kernels_under_test() {

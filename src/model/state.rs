@@ -142,10 +142,10 @@ impl State {
         self.probe = probe;
     }
 
-    /// Replaces the policy.
-    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) {
-        self.policy = policy;
+    /// Replaces the policy, and returns the one before.
+    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) -> Box<dyn SkipPolicy> {
         self.scratch.policies.clear();
+        std::mem::replace(&mut self.policy, policy)
     }
 
     /// Name of the policy.
@@ -174,16 +174,6 @@ impl State {
         assert!(1 <= rows && rows <= self.last_step.len(), "{rows} rows of a step of {:?}", self.last_step);
         self.position = self.last_step.start + rows;
         self.last_row = Some(rows - 1);
-    }
-
-    /// Whether the tokens of a step are computed bit for bit as they would be one by one (and several of
-    /// them more slowly): what verifies a draft must be. Only for steps of up to
-    /// [`MAX_ALONE`](crate::ops::attention::MAX_ALONE) tokens.
-    pub fn each_alone(&mut self, each_alone: bool) {
-        let s = &mut self.scratch;
-        for inputs in [&mut s.normed, &mut s.attended, &mut s.inner, &mut s.last] {
-            inputs.each_alone(each_alone);
-        }
     }
 
     /// Drops positions `keep..keep + drop` and moves the later ones down, their keys turned back to

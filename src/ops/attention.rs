@@ -15,8 +15,8 @@ use crate::kernels::gemm_f32::View;
 pub const TILE: usize = 128;
 /// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
 const QUERY_ROWS: usize = 96;
-/// Up to so many tokens read the cache in place, each with the same operations as if it were alone; for more,
-/// widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
+/// Up to so many tokens read the cache in place, each with the same operations as if it were alone, so that a
+/// draft can be verified in one step; for more, widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
 /// nor that of heads in a chunk changes how a token's sums are rounded.
 pub const MAX_ALONE: usize = 16;
 

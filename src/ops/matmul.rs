@@ -11,10 +11,9 @@ use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel};
 use crate::quant::{self, Matrix};
 use crate::threads::Tile;
 
-/// From so many rows of activations on, unpacking a panel costs less than it saves.
-const GEMM_ROWS: usize = 5;
-/// Bytes of weights that stay in the L1 cache while several rows of activations pass one by one.
-const REUSED_BYTES: usize = 16 << 10;
+/// From so many rows of activations on, unpacking a panel costs less than it saves.  Fewer rows give
+/// bit by bit what each gives alone: a draft can be verified in one step.
+const GEMM_ROWS: usize = 17;
 /// Least rows of a chunk when decoding: a few cache lines of output, tens of KiB of weights.
 const MIN_CHUNK: usize = 16;
 /// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
@@ -56,13 +55,8 @@ impl MatmulScratch {
     }
 }
 
-/// Whether panels are unpacked and multiplied with all rows together.
-fn by_panels(x: &Inputs) -> bool {
-    x.rows >= GEMM_ROWS && !x.each_alone
-}
-
-fn chunk_rows(on: Compute<'_>, x: &Inputs, outputs: usize) -> usize {
-    if by_panels(x) {
+fn chunk_rows(on: Compute<'_>, rows: usize, outputs: usize) -> usize {
+    if rows >= GEMM_ROWS {
         return PANEL_ROWS;
     }
     outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD).next_multiple_of(4).max(MIN_CHUNK)
@@ -81,7 +75,7 @@ pub fn matmul(
     scratch: &mut [MatmulScratch],
 ) {
     let outputs: usize = stack.iter().map(|m| m.rows_len()).sum();
-    let chunk = chunk_rows(on, x, outputs);
+    let chunk = chunk_rows(on, x.rows, outputs);
     on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
         let mut first = 0;
         for matrix in stack {
@@ -89,8 +83,7 @@ pub fn matmul(
             if from < to {
                 let at = from - tile.cols().start;
                 product(on, matrix, from - first..to - first, x, scratch);
-                let stride = acc_stride(x, to - from);
-                store(&mut tile, at, to - from, epilogue, (&scratch.acc, stride));
+                store(&mut tile, at, to - from, epilogue, &scratch.acc);
             }
             first += matrix.rows_len();
         }
@@ -107,13 +100,13 @@ pub fn matmul_swiglu(
     scratch: &mut [MatmulScratch],
 ) {
     let outputs = gate.rows_len();
-    let chunk = chunk_rows(on, x, outputs);
+    let chunk = chunk_rows(on, x.rows, outputs);
     on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
         let n = tile.cols().len();
         product(on, &up, tile.cols(), x, scratch);
         std::mem::swap(&mut scratch.acc, &mut scratch.up);
         product(on, &gate, tile.cols(), x, scratch);
-        let stride = acc_stride(x, n);
+        let stride = acc_stride(x.rows, n);
         for t in tile.rows() {
             let gate = &mut scratch.acc[t * stride..][..n];
             on.kernels.silu_mul(gate, &scratch.up[t * stride..][..n]);
@@ -123,18 +116,12 @@ pub fn matmul_swiglu(
 }
 
 /// Columns of a row of `acc`.
-fn acc_stride(x: &Inputs, n: usize) -> usize {
-    if by_panels(x) { PANEL_ROWS } else { n }
+fn acc_stride(rows: usize, n: usize) -> usize {
+    if rows >= GEMM_ROWS { PANEL_ROWS } else { n }
 }
 
-fn store(
-    tile: &mut Tile<'_, f32>,
-    at: usize,
-    n: usize,
-    epilogue: Epilogue<'_>,
-    (acc, stride): (&[f32], usize),
-) {
-    let first = tile.cols().start + at;
+fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
+    let (stride, first) = (acc_stride(tile.rows().len(), n), tile.cols().start + at);
     for t in tile.rows() {
         let (out, acc) = (&mut tile.row(t)[at..at + n], &acc[t * stride..][..n]);
         match epilogue {
@@ -157,7 +144,7 @@ fn product(
     x: &Inputs,
     scratch: &mut MatmulScratch,
 ) {
-    let (n, stride) = (rows.len(), acc_stride(x, rows.len()));
+    let (n, stride) = (rows.len(), acc_stride(x.rows, rows.len()));
     if scratch.acc.len() < x.rows * stride {
         scratch.acc.resize(x.rows * stride, 0.0);
         scratch.up.resize(x.rows * stride, 0.0);
@@ -165,21 +152,14 @@ fn product(
     }
     let acc = &mut scratch.acc[..x.rows * stride];
     let weights = w.rows(rows);
-    match (quant::is_quantised(w.ty()), by_panels(x)) {
+    match (quant::is_quantised(w.ty()), x.rows >= GEMM_ROWS) {
         (true, false) => {
-            let reused = (REUSED_BYTES / w.row_bytes()).next_multiple_of(4);
-            let part = if x.rows == 1 { n } else { reused };
-            for from in (0..n).step_by(part) {
-                let part = from..(from + part).min(n);
-                let weights = &weights[part.start * w.row_bytes()..part.end * w.row_bytes()];
-                for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
-                    let acc = &mut acc[part.clone()];
-                    on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
-                    if x.two_terms {
-                        let second = &mut scratch.second[..part.len()];
-                        on.kernels.dot(w.ty(), weights, x.residual.row(t), second);
-                        acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
-                    }
+            for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
+                on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
+                if x.two_terms {
+                    let second = &mut scratch.second[..n];
+                    on.kernels.dot(w.ty(), weights, x.residual.row(t), second);
+                    acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
                 }
             }
         }

@@ -36,8 +36,6 @@ pub struct Inputs {
     /// What `q8` leaves over, quantised in turn; in use if `two_terms`.
     residual: Activations,
     two_terms: bool,
-    /// Products of a row do not depend on how many rows there are.
-    each_alone: bool,
 }
 
 impl Inputs {
@@ -62,12 +60,6 @@ impl Inputs {
             self.f32.resize(rows * cols, 0.0);
         }
         self.q8.reshape(rows, cols);
-    }
-
-    /// From now on each row's products are bit-identical to those of the row alone. Without this, many
-    /// rows share unpacked weights, and their sums are rounded in another order.
-    pub fn each_alone(&mut self, each_alone: bool) {
-        self.each_alone = each_alone;
     }
 
     /// Number of rows.

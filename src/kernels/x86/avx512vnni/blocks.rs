@@ -252,13 +252,14 @@ pub(super) fn q8_0(b: &[u8; 136]) -> Q8 {
         let halves = _mm512_permutex2var_epi16(z0, words(&SCALES[i]), z1);
         _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
     };
-    let two = |a, b| _mm512_inserti64x4(_mm512_castsi256_si512(load32(a)), load32(b), 1);
-    let unsigned = |q| _mm512_xor_si512(q, _mm512_set1_epi8(-128));
+    // The second block's half from two bytes on: a masked load instead of a shuffle.
+    let two = |first: &[u8; 64], second: &[u8; 64]| {
+        // SAFETY: 64 readable bytes; the load has no alignment.
+        let q = unsafe { _mm512_mask_loadu_epi64(load64(first), 0xf0, second.as_ptr().cast()) };
+        _mm512_xor_si512(q, _mm512_set1_epi8(-128))
+    };
     Q8 {
-        q: [
-            unsigned(two(part::<2, 32>(b), part::<36, 32>(b))),
-            unsigned(two(part::<70, 32>(b), part::<104, 32>(b))),
-        ],
+        q: [two(part::<2, 64>(b), part::<4, 64>(b)), two(part::<70, 64>(b), part::<72, 64>(b))],
         scale: [scale(0), scale(1)],
     }
 }
@@ -372,8 +373,9 @@ pub(super) fn q3_k(b: &[u8; 110]) -> Super {
         _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, select), q, _mm512_set1_epi8(4))
     };
     let q = crumbs(part::<32, 64>(b));
-    let scales = scales_q3_k(part::<96, 12>(b));
-    let scale = _mm512_sub_epi32(_mm512_cvtepu8_epi32(load16(&scales)), _mm512_set1_epi32(32));
+    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b)).map(|word| word as i32);
+    let scale = _mm512_cvtepu8_epi32(_mm_setr_epi32(s0, s1, s2, s3));
+    let scale = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
     let d = _mm512_set1_ps(half(word::<108>(b)));
     Super {
         q: [

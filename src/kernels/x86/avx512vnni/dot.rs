@@ -2,10 +2,11 @@
 //! unpacking of rows for `gemm`, from the same block readers.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use super::blocks::{self, Four, Q8, Super, lanes};
 use crate::gguf::GgmlType;
-use crate::kernels::Q8Row;
+use crate::kernels::{Activations, Q8Row};
 
 /// Rows that go through the blocks together: they share the activations' rearrangement, and their
 /// independent sums hide the latency of the adds.
@@ -234,14 +235,32 @@ fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts8 {
     }
 }
 
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step_k4(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
+    step8::<true>(w, a, &SPREAD_K4, acc)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step_groups16<const MIN: bool>(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
+    step8::<MIN>(w, a, &SPREAD_16, acc)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step_iq4_xs(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
+    step8::<false>(w, a, &SPREAD_IQ4_XS, acc)
+}
+
 /// `SPREAD[i]`: the group of each lane of `q[i]`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn step8<const MIN: bool>(w: &Super, a: &Acts8, spread: &[[i32; 16]; 4], mut acc: __m512) -> __m512 {
     let scale = _mm512_mul_ps(w.scale, a.scale);
-    for (i, spread) in spread.iter().enumerate() {
+    for i in 0..4 {
         let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(spread), scale), acc);
+        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(&spread[i]), scale), acc);
     }
     if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
 }
@@ -265,7 +284,7 @@ const SPREAD_16: [[i32; 16]; 4] =
 /// The sums of the lanes of four registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-fn reduce4(a: [__m512; 4]) -> [f32; 4] {
+fn reduce4(a: &[__m512; 4]) -> [f32; 4] {
     let halves = |z| _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps::<1>(z));
     let (low, high) =
         (_mm256_hadd_ps(halves(a[0]), halves(a[1])), _mm256_hadd_ps(halves(a[2]), halves(a[3])));
@@ -277,63 +296,86 @@ fn reduce4(a: [__m512; 4]) -> [f32; 4] {
     sums
 }
 
-/// A function that multiplies rows of one type, `$cols` columns or `$bytes` bytes a step:
-/// `$acts(x, column)` prepares the activations, `$step(bytes, acts, acc)` adds their products.
+/// A function that multiplies rows of one type, `$cols` columns or `$bytes` bytes a step, with some
+/// tokens: `$acts(x, column)` prepares a token's activations, `$step(weights, acts, acc)` adds their
+/// products with what `$read(bytes)` made of the weights.
 macro_rules! dot_rows {
-    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $step:expr) => {
+    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $read:path, $step:expr) => {
         // Not inlined: one function for all types would run out of registers.
         #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
-            /// `R` rows, the last `ROWS - R` of `w` being empty.
+        fn $name<const T: usize>(weights: &[u8], row_bytes: usize, x: &[Q8Row<'_>; T], out: [&mut [f32]; T]) {
+            /// The products of `R` rows with every token; those of missing rows are 0.
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn rows<const R: usize>(w: &[u8], row_bytes: usize, x: &Q8Row<'_>) -> [f32; ROWS] {
+            fn rows<const R: usize, const T: usize>(
+                w: &[u8],
+                row_bytes: usize,
+                x: &[Q8Row<'_>; T],
+            ) -> [[f32; ROWS]; T] {
                 // Loops, not `array::map`: the standard library is compiled without these features, so
                 // closures with intrinsics are not inlined into it.
-                let mut acc = [_mm512_setzero_ps(); ROWS];
                 let whole = row_bytes / $bytes;
+                let mut steps = [[].as_slice(); R];
+                for r in 0..R {
+                    steps[r] = &w[r * row_bytes..][..row_bytes].as_chunks::<$bytes>().0[..whole];
+                }
+                let mut acc = [[_mm512_setzero_ps(); ROWS]; T];
                 for s in 0..whole {
-                    let a = $acts(x, s * $cols);
+                    let mut a = [const { MaybeUninit::uninit() }; T];
+                    for t in 0..T {
+                        a[t].write($acts(&x[t], s * $cols));
+                    }
                     for r in 0..R {
-                        let step: &[u8; $bytes] =
-                            w[r * row_bytes + s * $bytes..].first_chunk().expect("a row holds its steps");
                         // The next rows lie behind these: fetched in the order of the file, so that
                         // their beginnings, where every stream is new, do not wait for memory.
                         prefetch(w, R * row_bytes + (s * R + r) * $bytes, $bytes);
-                        acc[r] = $step(step, &a, acc[r]);
+                        let weights = $read(&steps[r][s]);
+                        for t in 0..T {
+                            // SAFETY: written above.
+                            let a = unsafe { a[t].assume_init_ref() };
+                            acc[t][r] = $step(&weights, a, acc[t][r]);
+                        }
                     }
                 }
                 let tail = row_bytes % $bytes;
-                if tail > 0 && whole > 0 {
-                    // The row's last step begins inside the one before: what that did counts nothing.
+                if tail > 0 {
                     let blocks = tail / ($bytes / 4);
-                    let mut a = $acts(x, whole * $cols + blocks * 32 - $cols);
-                    a.keep_last(blocks);
-                    for r in 0..R {
-                        let end = (r + 1) * row_bytes;
-                        let step = w[end - $bytes..end].first_chunk().expect("as long as a step");
-                        acc[r] = $step(step, &a, acc[r]);
-                    }
-                } else if tail > 0 {
-                    // Fewer blocks than a step takes: zeros for the rest.
-                    let a = $acts(x, 0);
-                    for r in 0..R {
-                        let mut padded = [0u8; $bytes];
-                        padded[..tail].copy_from_slice(&w[r * row_bytes..][..tail]);
-                        acc[r] = $step(&padded, &a, acc[r]);
+                    for t in 0..T {
+                        let mut a = $acts(&x[t], (whole * $cols + blocks * 32).saturating_sub($cols));
+                        if whole > 0 {
+                            a.keep_last(blocks);
+                        }
+                        for r in 0..R {
+                            let (row, mut padded) = (&w[r * row_bytes..][..row_bytes], [0u8; $bytes]);
+                            // The row's last step begins inside the one before: what that did counts
+                            // nothing. A row of less than a step has zeros behind it.
+                            let step = row.last_chunk().unwrap_or_else(|| {
+                                padded[..tail].copy_from_slice(row);
+                                &padded
+                            });
+                            acc[t][r] = $step(&$read(step), &a, acc[t][r]);
+                        }
                     }
                 }
-                reduce4(acc)
+                let mut sums = [[0f32; ROWS]; T];
+                for t in 0..T {
+                    sums[t] = reduce4(&acc[t]);
+                }
+                sums
             }
-            for (w, out) in weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS)) {
-                if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows::<ROWS>(w, row_bytes, &x);
+            let (n, mut done) = (out[0].len(), 0);
+            while done < n {
+                let w = &weights[done * row_bytes..];
+                let (sums, r) = if n - done >= ROWS {
+                    (rows::<ROWS, T>(w, row_bytes, x), ROWS)
                 } else {
-                    for (w, out) in w.chunks_exact(row_bytes).zip(out) {
-                        *out = rows::<1>(w, row_bytes, &x)[0];
-                    }
+                    (rows::<1, T>(w, row_bytes, x), 1)
+                };
+                for t in 0..T {
+                    out[t][done..done + r].copy_from_slice(&sums[t][..r]);
                 }
+                done += r;
             }
         }
     };
@@ -354,57 +396,79 @@ fn prefetch(w: &[u8], ahead: usize, bytes: usize) {
     }
 }
 
-dot_rows!(dot_q4_0, 128, 72, acts4::<3>, |b, a, acc| step4::<false>(&blocks::q4_0(b), a, acc));
-dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, |b, a, acc| step4::<false>(&blocks::iq4_nl(b), a, acc));
-dot_rows!(dot_q4_1, 128, 80, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q4_1(b), a, acc));
-dot_rows!(dot_q5_0, 128, 88, acts4::<4>, |b, a, acc| step4::<false>(&blocks::q5_0(b), a, acc));
-dot_rows!(dot_q5_1, 128, 96, acts4::<0>, |b, a, acc| step4::<true>(&blocks::q5_1(b), a, acc));
-dot_rows!(dot_q8_0, 128, 136, acts_q8_0, |b, a, acc| step_q8_0(&blocks::q8_0(b), a, acc));
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, |b, a, acc| step8::<true>(
-    &blocks::q2_k(b),
-    a,
-    &SPREAD_16,
-    acc
-));
-dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, |b, a, acc| step8::<false>(
-    &blocks::q3_k(b),
-    a,
-    &SPREAD_16,
-    acc
-));
-dot_rows!(dot_q4_k, 256, 144, acts_k4, |b, a, acc| step8::<true>(&blocks::q4_k(b), a, &SPREAD_K4, acc));
-dot_rows!(dot_q5_k, 256, 176, acts_k4, |b, a, acc| step8::<true>(&blocks::q5_k(b), a, &SPREAD_K4, acc));
-dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, |b, a, acc| step8::<false>(
-    &blocks::q6_k(b),
-    a,
-    &SPREAD_16,
-    acc
-));
-dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, |b, a, acc| step8::<false>(
-    &blocks::iq4_xs(b),
-    a,
-    &SPREAD_IQ4_XS,
-    acc
-));
+dot_rows!(dot_q4_0, 128, 72, acts4::<3>, blocks::q4_0, step4::<false>);
+dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, blocks::iq4_nl, step4::<false>);
+dot_rows!(dot_q4_1, 128, 80, acts4::<0>, blocks::q4_1, step4::<true>);
+dot_rows!(dot_q5_0, 128, 88, acts4::<4>, blocks::q5_0, step4::<false>);
+dot_rows!(dot_q5_1, 128, 96, acts4::<0>, blocks::q5_1, step4::<true>);
+dot_rows!(dot_q8_0, 128, 136, acts_q8_0, blocks::q8_0, step_q8_0);
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, blocks::q2_k, step_groups16::<true>);
+dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, blocks::q3_k, step_groups16::<false>);
+dot_rows!(dot_q4_k, 256, 144, acts_k4, blocks::q4_k, step_k4);
+dot_rows!(dot_q5_k, 256, 176, acts_k4, blocks::q5_k, step_k4);
+dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, blocks::q6_k, step_groups16::<false>);
+dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, blocks::iq4_xs, step_iq4_xs);
 
-/// See `Kernels::dot`.
+/// `T` tokens from `t` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+fn tokens<const T: usize>(
+    ty: GgmlType,
+    weights: &[u8],
+    row_bytes: usize,
+    x: &[Q8Row<'_>; T],
+    out: [&mut [f32]; T],
+) {
     use GgmlType::*;
     match ty {
-        Q8_0 => dot_q8_0(weights, row_bytes, x, out),
         Q4_0 => dot_q4_0(weights, row_bytes, x, out),
+        IQ4_NL => dot_iq4_nl(weights, row_bytes, x, out),
         Q4_1 => dot_q4_1(weights, row_bytes, x, out),
         Q5_0 => dot_q5_0(weights, row_bytes, x, out),
         Q5_1 => dot_q5_1(weights, row_bytes, x, out),
+        Q8_0 => dot_q8_0(weights, row_bytes, x, out),
         Q2_K => dot_q2_k(weights, row_bytes, x, out),
         Q3_K => dot_q3_k(weights, row_bytes, x, out),
         Q4_K => dot_q4_k(weights, row_bytes, x, out),
         Q5_K => dot_q5_k(weights, row_bytes, x, out),
         Q6_K => dot_q6_k(weights, row_bytes, x, out),
-        IQ4_NL => dot_iq4_nl(weights, row_bytes, x, out),
         IQ4_XS => dot_iq4_xs(weights, row_bytes, x, out),
         F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
+    }
+}
+
+/// See `Kernels::dot`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+    tokens(ty, weights, row_bytes, &[x], [out]);
+}
+
+/// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens, whose sums and those of
+/// four rows fill half of the registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn dot_tokens(ty: GgmlType, weights: &[u8], row_bytes: usize, x: &Activations, out: &mut [f32]) {
+    let n = weights.len() / row_bytes;
+    let (mut t, mut rest) = (0, out);
+    while t < x.rows() {
+        match x.rows() - t {
+            1 => {
+                tokens(ty, weights, row_bytes, &[x.row(t)], [&mut rest[..n]]);
+                return;
+            }
+            2 | 3 => {
+                let (now, later) = rest.split_at_mut(2 * n);
+                let (a, b) = now.split_at_mut(n);
+                tokens(ty, weights, row_bytes, &[x.row(t), x.row(t + 1)], [a, b]);
+                (t, rest) = (t + 2, later);
+            }
+            _ => {
+                let (now, later) = rest.split_at_mut(4 * n);
+                let (ab, cd) = now.split_at_mut(2 * n);
+                let ((a, b), (c, d)) = (ab.split_at_mut(n), cd.split_at_mut(n));
+                let four = [x.row(t), x.row(t + 1), x.row(t + 2), x.row(t + 3)];
+                tokens(ty, weights, row_bytes, &four, [a, b, c, d]);
+                (t, rest) = (t + 4, later);
+            }
+        }
     }
 }
 
