@@ -151,7 +151,7 @@ pub(super) fn check_cache(config: &Config, flag: &str, context: usize) -> Result
 }
 
 /// FFN skipping.
-#[derive(Args)]
+#[derive(Args, Default)]
 #[command(next_help_heading = "Skipping")]
 pub(super) struct SkipArgs {
     /// Policy that decides what is skipped; auto: the best that calibration offers

@@ -13,6 +13,7 @@ mod interrupt;
 mod ppl;
 mod pull;
 mod run;
+mod sweep;
 mod tokenize;
 
 use std::error::Error;
@@ -50,6 +51,7 @@ enum Command {
     Detokenize(tokenize::DetokenizeArgs),
     Ppl(ppl::PplArgs),
     Bench(bench::BenchArgs),
+    Sweep(sweep::SweepArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Detokenize(args) => tokenize::run_detokenize(&args),
         Command::Ppl(args) => ppl::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Sweep(args) => sweep::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,

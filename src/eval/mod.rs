@@ -4,5 +4,7 @@
 pub mod bench;
 mod npy;
 mod perplexity;
+pub mod plot;
+pub mod sweep;
 
 pub use perplexity::{EvalError, PerplexityOptions, PerplexityReport, perplexity};
