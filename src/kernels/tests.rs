@@ -244,8 +244,8 @@ fn gemm_equals_scalar() {
                 let mut panel = Panel::default();
                 scalar().unpack(ty, &w, ty.row_bytes(cols), 0..cols, &mut panel);
                 let (mut got, mut want) = (vec![0.5; tokens * 32], vec![0.5; tokens * 32]);
-                k.gemm(&panel, acts.from_col(0), &mut got);
-                scalar().gemm(&panel, acts.from_col(0), &mut want);
+                k.gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut got);
+                scalar().gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut want);
                 for (i, (g, w_)) in got.iter().zip(&want).enumerate() {
                     let row = &w[i % 32 * ty.row_bytes(cols)..][..ty.row_bytes(cols)];
                     let size = magnitude(ty, row, acts.row(i / 32)).max(1.0);
@@ -366,7 +366,7 @@ fn extreme_products_are_exact() {
                 let mut panel = Panel::default();
                 k.unpack(ty, &w, row.len(), 0..cols, &mut panel);
                 let mut got = vec![0.0; 7 * PANEL_ROWS];
-                k.gemm(&panel, acts.from_col(0), &mut got);
+                k.gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut got);
                 for t in 0..7 {
                     let (mut one, mut want) = ([0f32; 5], [0f32; 5]);
                     k.dot(ty, &w[..5 * row.len()], acts.row(t), &mut one);

@@ -12,6 +12,10 @@ use crate::kernels::{Activations, Q8Row};
 /// independent sums hide the latency of the adds.
 const ROWS: usize = 4;
 
+/// Least distance in bytes between what is multiplied and what is fetched: the bytes that one core's
+/// share of the bandwidth brings in while a line is under way.
+const PREFETCH: usize = 8192;
+
 /// Activations for a [`Four`]: bytes in the order of its `low` and `high`, in lane `4 b` the start
 /// of block `b`'s integer sum (`-zero * sum`), its scale in each of its lanes, and
 /// `scale * sum` in its first lane.
@@ -321,6 +325,7 @@ macro_rules! dot_rows {
                     steps[r] = &w[r * row_bytes..][..row_bytes].as_chunks::<$bytes>().0[..whole];
                 }
                 let mut acc = [[_mm512_setzero_ps(); ROWS]; T];
+                let ahead = (R * row_bytes).max(PREFETCH);
                 for s in 0..whole {
                     let mut a = [const { MaybeUninit::uninit() }; T];
                     for t in 0..T {
@@ -329,7 +334,7 @@ macro_rules! dot_rows {
                     for r in 0..R {
                         // The next rows lie behind these: fetched in the order of the file, so that
                         // their beginnings, where every stream is new, do not wait for memory.
-                        prefetch(w, R * row_bytes + (s * R + r) * $bytes, $bytes);
+                        prefetch(w, ahead + (s * R + r) * $bytes, $bytes);
                         let weights = $read(&steps[r][s]);
                         for t in 0..T {
                             // SAFETY: written above.
@@ -340,6 +345,7 @@ macro_rules! dot_rows {
                 }
                 let tail = row_bytes % $bytes;
                 if tail > 0 {
+                    prefetch(w, ahead + R * whole * $bytes, R * tail);
                     let blocks = tail / ($bytes / 4);
                     for t in 0..T {
                         let mut a = $acts(&x[t], (whole * $cols + blocks * 32).saturating_sub($cols));
