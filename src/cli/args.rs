@@ -10,6 +10,7 @@ use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
 use crate::model::{Config, KvType, Model};
+use crate::ops::Compute;
 use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
@@ -103,12 +104,17 @@ pub(super) struct ContextArgs {
 }
 
 impl ContextArgs {
-    pub fn options(&self, engine: &Engine, kv: KvArg, skip: &SkipArgs) -> Result<SessionOptions, Failure> {
+    pub fn options(
+        &self,
+        engine: &mut Engine,
+        kv: KvArg,
+        skip: &SkipArgs,
+    ) -> Result<SessionOptions, Failure> {
         let options = SessionOptions {
             context: self.context,
             batch: self.batch,
             kv: kv.into(),
-            skip: skip.options(engine.model())?,
+            skip: skip.of_engine(engine)?,
             context_shift: self.context_shift,
         };
         if let Some(context) = self.context {
@@ -180,8 +186,14 @@ pub(super) struct SkipArgs {
 }
 
 impl SkipArgs {
-    /// The options, checked for the model they are for, which gets the calibration that they need.
-    pub fn options(&self, model: &Model) -> Result<SkipOptions, Failure> {
+    /// [`options`](Self::options) for the model of an engine.
+    pub fn of_engine(&self, engine: &mut Engine) -> Result<SkipOptions, Failure> {
+        let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
+        self.options(model, on)
+    }
+
+    /// The options, checked for the model they are for, which is made ready for them.
+    pub fn options(&self, model: &mut Model, on: Compute<'_>) -> Result<SkipOptions, Failure> {
         let options = SkipOptions {
             mode: self.skip,
             ratio: self.skip_ratio,
@@ -197,6 +209,7 @@ impl SkipArgs {
         if options.mode == SkipMode::Auto {
             model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
         }
+        model.prepare_skip(on, &options, |_, _| {})?;
         Ok(options)
     }
 

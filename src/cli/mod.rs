@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod generate;
 mod info;
@@ -50,6 +51,7 @@ enum Command {
     Detokenize(tokenize::DetokenizeArgs),
     Ppl(ppl::PplArgs),
     Bench(bench::BenchArgs),
+    Calibrate(calibrate::CalibrateArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Detokenize(args) => tokenize::run_detokenize(&args),
         Command::Ppl(args) => ppl::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,

@@ -2,7 +2,9 @@
 //! forward pass.
 
 pub mod bench;
+pub mod calibrate;
 mod npy;
 mod perplexity;
+pub mod plot;
 
 pub use perplexity::{EvalError, PerplexityOptions, PerplexityReport, perplexity};

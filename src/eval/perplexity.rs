@@ -11,9 +11,9 @@ use serde::Serialize;
 
 use super::npy::NpyWriter;
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
+use crate::ops::Compute;
 use crate::session::Engine;
-use crate::skip::{Never, SkipOptions, SkipStats};
-use crate::threads::Team;
+use crate::skip::{Never, SkipOptions, SkipPolicy, SkipStats};
 
 /// Positions whose logits are held at a time: 64 rows of a large vocabulary are 40 MB.
 const ROWS: usize = 64;
@@ -87,11 +87,24 @@ pub fn perplexity(
     engine: &Engine,
     tokens: &[u32],
     options: &PerplexityOptions,
+    progress: impl FnMut(usize, usize, f64) -> bool,
+) -> Result<PerplexityReport, EvalError> {
+    let policy = engine.model().policy(&options.skip).map_err(ModelError::from)?;
+    with_policy(engine.model(), engine.compute(), tokens, options, policy, progress)
+}
+
+/// [`perplexity`] under `policy`, whatever the options say about skipping.
+pub fn with_policy(
+    model: &Model,
+    on: Compute<'_>,
+    tokens: &[u32],
+    options: &PerplexityOptions,
+    policy: Box<dyn SkipPolicy>,
     mut progress: impl FnMut(usize, usize, f64) -> bool,
 ) -> Result<PerplexityReport, EvalError> {
-    let run = Run::new(engine, tokens, options)?;
+    let run = Run::new(model, on, tokens, options)?;
     let mut sums = Sums::default();
-    let mut test = run.state(engine.model().policy(&options.skip).map_err(ModelError::from)?);
+    let mut test = run.state(policy);
     test.measure_cosines(true);
     let mut full = options.kl.then(|| run.state(Box::new(Never)));
     let mut out = run.logits_file()?;
@@ -105,21 +118,25 @@ pub fn perplexity(
     if let (Some(out), Some(path)) = (out, &options.logits_out) {
         out.finish().map_err(|error| EvalError::Io { path: path.clone(), error })?;
     }
-    let ffn_bytes = |layer: usize| engine.model().layers()[layer].ffn.bytes() as u64;
+    let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
     Ok(sums.report(test.stats(), ffn_bytes))
 }
 
 struct Run<'a> {
     model: &'a Model,
-    team: &'a Team,
-    engine: &'a Engine,
+    on: Compute<'a>,
     options: &'a PerplexityOptions,
     warm: usize,
     windows: usize,
 }
 
 impl<'a> Run<'a> {
-    fn new(engine: &'a Engine, tokens: &[u32], options: &'a PerplexityOptions) -> Result<Self, EvalError> {
+    fn new(
+        model: &'a Model,
+        on: Compute<'a>,
+        tokens: &[u32],
+        options: &'a PerplexityOptions,
+    ) -> Result<Self, EvalError> {
         let context = options.context;
         let warm = options.warm.unwrap_or(context / 2);
         if warm + 1 >= context {
@@ -129,12 +146,12 @@ impl<'a> Run<'a> {
         if windows == 0 {
             return Err(EvalError::TooShort { tokens: tokens.len(), context });
         }
-        Ok(Self { model: engine.model(), team: engine.team(), engine, options, warm, windows })
+        Ok(Self { model, on, options, warm, windows })
     }
 
-    fn state(&self, policy: Box<dyn crate::skip::SkipPolicy>) -> State {
+    fn state(&self, policy: Box<dyn SkipPolicy>) -> State {
         let context = self.options.context;
-        State::new(self.model, self.team, (context, context.min(512)), self.options.kv, policy)
+        State::new(self.model, self.on.team, (context, context.min(512)), self.options.kv, policy)
     }
 
     fn logits_file(&self) -> Result<Option<NpyWriter>, EvalError> {
@@ -152,7 +169,7 @@ impl<'a> Run<'a> {
         sums: &mut Sums,
         mut out: Option<&mut NpyWriter>,
     ) -> Result<(), EvalError> {
-        let on = self.engine.compute();
+        let on = self.on;
         let vocab = self.model.config().vocab;
         let (mut q, mut p) = (Vec::new(), Vec::new());
         test.truncate(0);
@@ -216,11 +233,7 @@ impl Sums {
         self.nll_full += p_max + p_norm - f64::from(p[target]);
         self.same_top1 += usize::from(q_top == p_top);
         let (p_all, q_all) = (p_max + p_norm, q_max + q_norm);
-        let kl = p.iter().zip(q).map(|(&p, &q)| {
-            let (log_p, log_q) = (f64::from(p) - p_all, f64::from(q) - q_all);
-            log_p.exp() * (log_p - log_q)
-        });
-        self.kl.push(kl.sum::<f64>().max(0.0));
+        self.kl.push(divergence_of((p, p_all), (q, q_all)));
     }
 
     fn mean_nll(&self) -> f64 {
@@ -249,6 +262,24 @@ impl Sums {
             skipped_by_layer: stats.share_by_layer(),
         }
     }
+}
+
+/// KL divergence of the distribution with logits `q` from that with logits `p`, nats.
+pub(super) fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let all = |logits| {
+        let (max, _, norm) = log_sum_exp(logits);
+        max + norm
+    };
+    divergence_of((p, all(p)), (q, all(q)))
+}
+
+/// [`divergence`], where the log of the sum of exponentials is known.
+fn divergence_of((p, p_all): (&[f32], f64), (q, q_all): (&[f32], f64)) -> f64 {
+    let kl = p.iter().zip(q).map(|(&p, &q)| {
+        let (log_p, log_q) = (f64::from(p) - p_all, f64::from(q) - q_all);
+        log_p.exp() * (log_p - log_q)
+    });
+    kl.sum::<f64>().max(0.0)
 }
 
 /// Maximum, where it is (the first, of equals), and the log of the sum of exponentials relative to it.
