@@ -5,11 +5,9 @@
 
 use std::io;
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
-
 use super::{CutPlan, CutSide, LayerCut, ModelFacts};
 use crate::gguf::{Builder, Error as GgufError, GgmlType, Gguf, Metadata, StringArray, WriteError};
+use crate::quant;
 
 /// Version of the keys.
 const VERSION: u32 = 1;
@@ -118,8 +116,8 @@ pub enum CalibrationError {
     Length { key: String, found: usize, expected: usize },
     #[error("{key}[{index}] is {found}, expected {expected}")]
     Value { key: String, index: usize, found: f32, expected: &'static str },
-    #[error("tensor {tensor:?} is {found}, expected F16 {expected:?}")]
-    Tensor { tensor: String, found: String, expected: [u64; 2] },
+    #[error("tensor {tensor:?} is {found}, expected {ty} {expected:?}")]
+    Tensor { tensor: String, found: String, ty: GgmlType, expected: [u64; 2] },
     #[error("{key} is {found}, expected {expected}")]
     Number { key: &'static str, found: usize, expected: String },
 }
@@ -187,12 +185,11 @@ impl Calibration {
         });
         let sides: Vec<_> = sides.into_iter().filter(|(_, _, values)| !values.is_empty()).collect();
         for (name, n, _) in &sides {
-            file.tensor(*name, GgmlType::F16, &[*n as u64, facts.layers as u64])?;
+            file.tensor(*name, stored_type(*n), &[*n as u64, facts.layers as u64])?;
         }
         let mut out = file.start(out)?;
-        for (_, _, values) in &sides {
-            let bytes: Vec<u8> = values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect();
-            out.write_tensor(&bytes)?;
+        for (_, n, values) in &sides {
+            out.write_tensor(&stored(*n, values))?;
         }
         out.finish()
     }
@@ -259,6 +256,48 @@ fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> V
             vector
         })
         .collect()
+}
+
+/// The type in which vectors of `n` entries are stored: a byte an entry is exact enough, where blocks fit.
+fn stored_type(n: usize) -> GgmlType {
+    if n.is_multiple_of(GgmlType::Q8_0.block_len()) { GgmlType::Q8_0 } else { GgmlType::F16 }
+}
+
+/// Rows of `n` values as the file has them.
+fn stored(n: usize, values: &[f32]) -> Vec<u8> {
+    let ty = stored_type(n);
+    let mut bytes = vec![0; ty.row_bytes(n) * (values.len() / n)];
+    for (row, bytes) in values.chunks_exact(n).zip(bytes.chunks_exact_mut(ty.row_bytes(n))) {
+        quant::quantize_row(ty, row, bytes);
+    }
+    bytes
+}
+
+/// What [`stored`] has made of rows of `n` values.
+fn restored(n: usize, bytes: &[u8]) -> Vec<f32> {
+    let ty = stored_type(n);
+    let mut values = vec![0.0; bytes.len() / ty.row_bytes(n) * n];
+    for (row, bytes) in values.chunks_exact_mut(n).zip(bytes.chunks_exact(ty.row_bytes(n))) {
+        quant::dequantize_row(ty, bytes, row);
+    }
+    values
+}
+
+impl CutPlan {
+    /// The plan as it comes back from a file.
+    pub fn as_stored(&self) -> Self {
+        let round = |side: &mut CutSide| {
+            for vector in [&mut side.centre, &mut side.weight].into_iter().filter(|v| !v.is_empty()) {
+                *vector = restored(vector.len(), &stored(vector.len(), vector));
+            }
+        };
+        let mut plan = self.clone();
+        for cut in plan.layers.iter_mut().flatten() {
+            round(&mut cut.inputs);
+            round(&mut cut.inner);
+        }
+        plan
+    }
 }
 
 /// The numbers of a point, by the end of their key.
@@ -362,18 +401,17 @@ impl Reader<'_> {
         Ok(Some(CutCalibration { plan: CutPlan { layers }, curve }))
     }
 
-    /// The f16 tensor `name`, `[rows, n]`, if there is one.
+    /// The tensor `name`, `[rows, n]`, if there is one.
     fn tensor(&self, name: &str, n: usize, rows: usize, range: &Range) -> Result<Option<Vec<f32>>> {
         let Some(info) = self.file.tensor(name) else { return Ok(None) };
         let expected = [n as u64, rows as u64];
-        if info.ty != GgmlType::F16 || info.shape != expected {
+        if info.ty != stored_type(n) || info.shape != expected {
             let (tensor, found) = (name.to_owned(), format!("{} {:?}", info.ty, info.shape));
-            return Err(CalibrationError::Tensor { tensor, found, expected });
+            return Err(CalibrationError::Tensor { tensor, found, ty: stored_type(n), expected });
         }
         // The reader has checked that the extent lies inside the file.
         let bytes = &self.bytes[info.offset as usize..][..info.n_bytes as usize];
-        let halves: Vec<f16> = bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]])).collect();
-        let values = halves.to_f32_vec();
+        let values = restored(n, bytes);
         match values.iter().position(|&v| !range.1(v)) {
             Some(index) => {
                 let (key, found, expected) = (name.to_owned(), values[index], range.0);

@@ -23,11 +23,10 @@ pub(super) struct LayerSums {
     pub tokens: usize,
     /// `cos(h, h + FFN)` of each token, in order.
     pub cosines: Vec<f32>,
+    /// Root mean square of `h + FFN` of each token, in order.
+    pub rms: Vec<f32>,
     /// Sum of `cos(layer in, layer out)`.
     pub layer_cosine: f64,
-    /// Sums of the normed stream, `[embedding]`, and of the inner activations, `[ffn]`.
-    pub normed: Vec<f64>,
-    pub inner: Vec<f64>,
     /// Sums of `p^2`, `pq` and `q^2`, `[ffn]` each, where `p = u silu'(g)` and `q = silu(g)`: how much a neuron
     /// moves with its gate and with its up.
     pub pp: Vec<f64>,
@@ -45,14 +44,8 @@ impl Gatherer {
         (embedding, ffn): (usize, usize),
         (windows, context, warm_up): (usize, usize, usize),
     ) -> Self {
-        let sums = LayerSums {
-            normed: vec![0.0; embedding],
-            inner: vec![0.0; ffn],
-            pp: vec![0.0; ffn],
-            pq: vec![0.0; ffn],
-            qq: vec![0.0; ffn],
-            ..LayerSums::default()
-        };
+        let sums =
+            LayerSums { pp: vec![0.0; ffn], pq: vec![0.0; ffn], qq: vec![0.0; ffn], ..LayerSums::default() };
         let every = (windows * (context - warm_up)).div_ceil(SAMPLES);
         Self { layers: vec![sums; layers], warm_up, embedding, every, entered: Vec::new() }
     }
@@ -77,14 +70,13 @@ impl Probe for Gatherer {
     fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
         let d = self.embedding;
         let sums = &mut self.layers[layer];
-        let ffn = sums.inner.len();
+        let ffn = sums.pp.len();
         for (i, &row) in rows.rows.iter().enumerate().filter(|(_, row)| **row >= self.warm_up) {
             let (h, out) = (&rows.stream[row * d..][..d], &rows.out[i * d..][..d]);
             let after: Vec<f32> = h.iter().zip(out).map(|(h, f)| h + f).collect();
             sums.cosines.push(cosine(h, &after) as f32);
+            sums.rms.push((after.iter().map(|x| x * x).sum::<f32>() / d as f32).sqrt());
             let (normed, inner) = (&rows.normed[i * d..][..d], &rows.inner[i * ffn..][..ffn]);
-            add(&mut sums.normed, normed);
-            add(&mut sums.inner, inner);
             let (gate, up) = rows.gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
             sums.moments(gate, up);
             if sums.tokens % self.every == 0 {
@@ -112,14 +104,15 @@ impl LayerSums {
         self.cosines.iter().map(|&c| f64::from(c)).sum::<f64>() / self.tokens.max(1) as f64
     }
 
+    /// Median root mean square of the stream behind the FFN.
+    pub fn median_rms(&self) -> f32 {
+        super::median(&self.rms)
+    }
+
     /// Block Influence (ShortGPT, Men et al. 2024).
     pub fn influence(&self) -> f32 {
         (1.0 - self.layer_cosine / self.tokens.max(1) as f64).clamp(0.0, 2.0) as f32
     }
-}
-
-fn add(sums: &mut [f64], x: &[f32]) {
-    sums.iter_mut().zip(x).for_each(|(sum, &x)| *sum += f64::from(x));
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {

@@ -13,11 +13,11 @@ use super::perplexity::{EvalError, PerplexityOptions, divergence, with_policy};
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
-    Calibration, Curve, Cut, CutCalibration, CutPlan, Cutting, FfnSkip, Never, Point, SkipError, SkipMode,
-    SkipOptions, SkipPolicy, Static,
+    Calibration, Curve, CutCalibration, CutPlan, Cutting, FfnSkip, LayerCut, Never, Point, SkipError,
+    SkipMode, SkipOptions, SkipPolicy, Static,
 };
 use gather::{Gatherer, LayerSums};
-use weigh::{Shares, layer_cut};
+use weigh::{Shares, layer_cut, trim_centres};
 
 /// Tokens of a window.
 const CONTEXT: usize = 512;
@@ -38,6 +38,11 @@ const POINTS: [(SkipMode, &[f32]); 6] = [
     (SkipMode::ShortGpt, &[0.1]),
     (SkipMode::SkipDecode, &[0.1]),
 ];
+/// Largest weight of a cut.
+const WEIGHT_SCALE: f32 = 1024.0;
+/// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
+const TRIM_RATIO: f64 = 0.3;
+const TRIM_ROUNDS: usize = 3;
 /// What `--skip auto` may cost: mean KL divergence from the full model in nats, and perplexity in units of its own.
 const AUTO_KL: f32 = 0.04;
 const AUTO_PERPLEXITY: f32 = 1.03;
@@ -84,7 +89,7 @@ type Result<T> = std::result::Result<T, CalibrateError>;
 /// Called with the stage, its steps done and all of them; false stops the calibration.
 pub type Progress<'a> = &'a mut dyn FnMut(Stage, usize, usize) -> bool;
 
-/// Calibrates `model` on `tokens`, and leaves the model prepared for cuts.
+/// Calibrates `model` on `tokens`, and leaves it prepared for cuts, by rows.
 pub fn calibrate(
     model: &mut Model,
     on: Compute<'_>,
@@ -107,12 +112,12 @@ pub fn calibrate(
         influence: layers.iter().map(LayerSums::influence).collect(),
         ..Calibration::default()
     };
+    let trials = Trials::new(model, on, &windows[..1])?;
+    found.damage = damages(model, on, &trials, progress)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
-    let (damage, sensitivity) = damages(model, on, &trials, &layers, progress)?;
-    found.damage = damage;
     found.cold = cold_regions(&found.cosines, &found.damage);
     found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
-    found.cut = Some(cuts(model, on, &trials, &layers, &sensitivity, progress)?);
+    found.cut = Some(cuts(model, on, &trials, &layers, progress)?);
     found.points = points(model, on, &found, held_out, options, progress)?;
     found.auto = best(&found.points);
     Ok(found)
@@ -210,68 +215,35 @@ impl<'t> Trials<'t> {
     }
 }
 
-/// The divergence that skipping each FFN alone causes; and the root of the divergence that a unit of squared error
-/// of its output causes, from cutting it alone to half of its neurons.
-fn damages(
-    model: &mut Model,
-    on: Compute<'_>,
-    trials: &Trials<'_>,
-    layers: &[LayerSums],
-    progress: Progress<'_>,
-) -> Result<(Vec<f32>, Vec<f64>)> {
-    let n = layers.len();
-    let plan = prepare(model, on, layers, &vec![1.0; n])?;
-    let (mut damage, mut sensitivity) = (Vec::new(), Vec::new());
-    for (layer, sums) in layers.iter().enumerate() {
-        let skipped = trials.run(model, on, Box::new(Static::new(&[layer], n, WARM_UP)))?;
+/// The divergence that skipping each FFN alone causes.
+fn damages(model: &Model, on: Compute<'_>, trials: &Trials<'_>, progress: Progress<'_>) -> Result<Vec<f32>> {
+    let layers = model.config().layers;
+    let mut damage = Vec::new();
+    for layer in 0..layers {
+        let skipped = trials.run(model, on, Box::new(Static::new(&[layer], layers, WARM_UP)))?;
         damage.push(skipped.kl as f32);
-        let Some(side) = plan.layers[layer].as_ref().map(|cut| &cut.inner) else { continue };
-        let (threshold, error) = half_cut(side, &sums.inner_samples, &model.layers()[layer].ffn);
-        let cut = Cut { inputs: 0.0, inner: threshold };
-        let trial = trials.run(model, on, Box::new(Cutting::with_cut(cut, WARM_UP, layer..layer + 1)))?;
-        sensitivity.push((trial.kl / error.max(f64::MIN_POSITIVE)).sqrt());
-        report(&mut *progress, Stage::Damage, layer + 1, n)?;
+        report(&mut *progress, Stage::Damage, layer + 1, layers)?;
     }
-    Ok((damage, sensitivity))
+    Ok(damage)
 }
 
-/// The threshold below which half of the samples' entries lie, and the mean squared error of cutting there.
-fn half_cut(side: &crate::skip::CutSide, samples: &[f32], ffn: &crate::model::Ffn) -> (f32, f64) {
-    let n = side.weight.len();
-    let centre = |j: usize| side.centre.get(j).copied().unwrap_or(0.0);
-    let mut scores: Vec<f32> =
-        samples.iter().enumerate().map(|(i, x)| (x - centre(i % n)).abs() * side.weight[i % n]).collect();
-    let half = scores.len() / 2;
-    let threshold = *scores.select_nth_unstable_by(half, f32::total_cmp).1;
-    // Weights are errors by the root of a column's bytes.
-    let bytes = ffn.down.bytes() as f64 / ffn.down.cols() as f64;
-    let sum: f64 = scores[..half].iter().map(|&s| f64::from(s) * f64::from(s) * bytes).sum();
-    (threshold, sum / (samples.len() / n).max(1) as f64)
-}
-
-/// Cuts of all layers with these sensitivities, made ready in the model.
-fn prepare(model: &mut Model, on: Compute<'_>, layers: &[LayerSums], sensitivity: &[f64]) -> Result<CutPlan> {
-    let plan = plan(on, model, layers, sensitivity);
-    model.prepare_cuts(on, plan.clone(), |_, _| {})?;
-    Ok(plan)
-}
-
-/// Weights are in units of the largest, so that 16 bits hold them.
-fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums], sensitivity: &[f64]) -> CutPlan {
-    let parts = model.layers().iter().zip(layers).zip(sensitivity);
-    let mut cuts: Vec<_> = parts.map(|((layer, sums), &s)| layer_cut(on, &layer.ffn, sums, s)).collect();
-    let weights =
-        |cut: &crate::skip::LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
+/// Cuts of all layers. Weights are in units of the largest, so that 16 bits hold them.
+fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums]) -> CutPlan {
+    let parts = model.layers().iter().zip(layers);
+    let mut cuts: Vec<_> = parts.map(|(layer, sums)| layer_cut(on, &layer.ffn, sums)).collect();
+    let weights = |cut: &LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
     let largest = cuts.iter().flat_map(weights).fold(f32::MIN_POSITIVE, f32::max);
     for cut in &mut cuts {
-        for weight in cut.inputs.weight.iter_mut().chain(&mut cut.inner.weight) {
-            *weight = half::f16::from_f32(*weight / largest * 1024.0).to_f32();
-        }
-        for centre in cut.inputs.centre.iter_mut().chain(&mut cut.inner.centre) {
-            *centre = half::f16::from_f32(*centre).to_f32();
-        }
+        let weights = cut.inputs.weight.iter_mut().chain(&mut cut.inner.weight);
+        weights.for_each(|weight| *weight *= WEIGHT_SCALE / largest);
     }
-    CutPlan { layers: cuts.into_iter().map(Some).collect() }
+    let mut plan = CutPlan { layers: cuts.into_iter().map(Some).collect() };
+    for _ in 0..TRIM_ROUNDS {
+        let threshold = Shares::new(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
+        let cuts = plan.layers.iter_mut().flatten();
+        cuts.zip(layers).for_each(|(cut, sums)| trim_centres(cut, sums, threshold));
+    }
+    plan.as_stored()
 }
 
 /// First layer that may be skipped, and the first after the last: from either end inward, a layer is cold while its
@@ -349,10 +321,10 @@ fn cuts(
     on: Compute<'_>,
     trials: &Trials<'_>,
     layers: &[LayerSums],
-    sensitivity: &[f64],
     progress: Progress<'_>,
 ) -> Result<CutCalibration> {
-    let plan = prepare(model, on, layers, sensitivity)?;
+    let plan = plan(on, model, layers);
+    model.prepare_cuts_by_rows(on, plan.clone(), |_, _| {})?;
     let shares = Shares::new(model, &plan, layers);
     let mut measured = Vec::new();
     for (i, &ratio) in RATIOS.iter().enumerate() {
