@@ -64,6 +64,24 @@ impl Engine {
         &self.model
     }
 
+    /// The model while nothing else holds it, with what operations run with: to prepare skipping.
+    pub fn model_mut(&mut self) -> Option<(&mut Model, Compute<'_>)> {
+        let on = Compute { team: &self.team, kernels: self.kernels };
+        Arc::get_mut(&mut self.model).map(|model| (model, on))
+    }
+
+    /// Makes ready what the policy of `options` needs; before the first session.
+    pub fn prepare_skip(
+        &mut self,
+        options: &SkipOptions,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        match self.model_mut() {
+            Some((model, on)) => model.prepare_skip(on, options, progress),
+            None => Ok(()),
+        }
+    }
+
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer

@@ -10,6 +10,7 @@ use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
 use crate::model::{Config, KvType, Model};
+use crate::ops::Compute;
 use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
@@ -105,7 +106,7 @@ pub(super) struct ContextArgs {
 impl ContextArgs {
     pub fn options(
         &self,
-        engine: &Engine,
+        engine: &mut Engine,
         kv: KvArg,
         skip: &SkipArgs,
         draft: &DraftArgs,
@@ -114,7 +115,7 @@ impl ContextArgs {
             context: self.context,
             batch: self.batch,
             kv: kv.into(),
-            skip: skip.options(engine.model())?,
+            skip: skip.of_engine(engine)?,
             context_shift: self.context_shift,
             draft: draft.options(skip)?,
         };
@@ -187,8 +188,14 @@ pub(super) struct SkipArgs {
 }
 
 impl SkipArgs {
-    /// The options, checked for the model they are for, which gets the calibration that they need.
-    pub fn options(&self, model: &Model) -> Result<SkipOptions, Failure> {
+    /// [`options`](Self::options) for the model of an engine.
+    pub fn of_engine(&self, engine: &mut Engine) -> Result<SkipOptions, Failure> {
+        let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
+        self.options(model, on)
+    }
+
+    /// The options, checked for the model they are for, which is made ready for them.
+    pub fn options(&self, model: &mut Model, on: Compute<'_>) -> Result<SkipOptions, Failure> {
         let options = SkipOptions {
             mode: self.skip,
             ratio: self.skip_ratio,
@@ -204,6 +211,7 @@ impl SkipArgs {
         if options.mode == SkipMode::Auto {
             model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
         }
+        model.prepare_skip(on, &options, |_, _| {})?;
         Ok(options)
     }
 

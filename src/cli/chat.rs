@@ -68,9 +68,9 @@ pub(super) struct ChatArgs {
 
 pub(super) fn run(args: &ChatArgs) -> Outcome {
     args.sampling.options()?;
-    let engine = args.engine.load()?;
+    let mut engine = args.engine.load()?;
     let template = args.template.template(&engine)?.ok_or(ChatError::NoTemplate)?;
-    let options = args.context.options(&engine, args.engine.kv, &args.skip, &args.draft)?;
+    let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;
     let session = Session::new(&engine, options)?;
     let seed = args.sampling.sampler(&engine, None)?.seed();
     let messages = args.template.system_message().into_iter().collect();

@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod generate;
 mod info;
@@ -52,6 +53,7 @@ enum Command {
     Ppl(ppl::PplArgs),
     Bench(bench::BenchArgs),
     Sweep(sweep::SweepArgs),
+    Calibrate(calibrate::CalibrateArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -76,6 +78,7 @@ pub fn main() -> ExitCode {
         Command::Ppl(args) => ppl::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Sweep(args) => sweep::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,

@@ -67,8 +67,8 @@ pub(super) struct RunArgs {
 pub(super) fn run(args: &RunArgs) -> Outcome {
     args.sampling.options()?;
     let prompt = args.prompt_text()?;
-    let engine = args.engine.load()?;
-    let options = args.context.options(&engine, args.engine.kv, &args.skip, &args.draft)?;
+    let mut engine = args.engine.load()?;
+    let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;
     let mut sampler = args.sampling.sampler(&engine, None)?;
     let mut constraint = args.sampling.constraint(&engine)?;
     let tokens = args.tokens(&engine, &prompt)?;

@@ -102,7 +102,7 @@ fn policies() -> impl TypedValueParser<Value = SkipMode> {
 pub(super) fn run(args: &SweepArgs) -> Outcome {
     args.check()?;
     let text = read_text(&args.file)?;
-    let engine = args.engine.load()?;
+    let mut engine = args.engine.load()?;
     check_context(&engine, args.context)?;
     let encode = EncodeOptions { add_special: true, parse_special: false };
     let tokens = engine.tokenizer().encode(&text, encode)?;
@@ -111,7 +111,7 @@ pub(super) fn run(args: &SweepArgs) -> Outcome {
 
     let others: Vec<(String, Engine)> =
         args.compare.iter().map(|m| args.other(m)).collect::<Result<_, _>>()?;
-    let mut contenders = args.contenders(&engine)?;
+    let mut contenders = args.contenders(&mut engine)?;
     contenders.extend(others.iter().map(|(name, other)| Contender {
         model: name.clone(),
         policy: None,
@@ -151,7 +151,7 @@ impl SweepArgs {
 
     /// The policies at their strengths. Where none were named, those that lack a calibration are left out; a strength
     /// that a policy does not reach is, too.
-    fn contenders<'e>(&self, engine: &Engine) -> Result<Vec<Contender<'e>>, Failure> {
+    fn contenders<'e>(&self, engine: &mut Engine) -> Result<Vec<Contender<'e>>, Failure> {
         let named = !self.policies.is_empty();
         let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
         let unnamed = all.filter(|mode| !matches!(mode, SkipMode::Off | SkipMode::Auto));
@@ -164,7 +164,7 @@ impl SweepArgs {
                     (_, Some(threshold)) => format!("threshold {threshold}"),
                     _ => String::new(),
                 };
-                match self.skip_args(mode, ratio, threshold).options(engine.model()) {
+                match self.skip_args(mode, ratio, threshold).of_engine(engine) {
                     Ok(skip) => contenders.push(Contender {
                         model: file_name(engine.model().weights().path()),
                         policy: Some(mode.name()),
@@ -186,9 +186,9 @@ impl SweepArgs {
     }
 
     /// What to ask of a policy: a ratio or a threshold.
-    fn strengths(&self, mode: SkipMode, engine: &Engine) -> Vec<(Option<f32>, Option<f32>)> {
+    fn strengths(&self, mode: SkipMode, engine: &mut Engine) -> Vec<(Option<f32>, Option<f32>)> {
         // Loads the calibration, if there is one.
-        let _ = self.skip_args(SkipMode::FfnSkip, None, None).options(engine.model());
+        let _ = self.skip_args(SkipMode::FfnSkip, None, None).of_engine(engine);
         let thresholds = match (self.thresholds.is_empty(), engine.model().calibration()) {
             (true, None) => vec![0.99, 0.985, 0.98, 0.975],
             _ => self.thresholds.clone(),

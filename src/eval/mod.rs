@@ -2,6 +2,7 @@
 //! forward pass.
 
 pub mod bench;
+pub mod calibrate;
 mod npy;
 mod perplexity;
 pub mod plot;

@@ -14,8 +14,7 @@ use crate::kernels::Kernels;
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::session::Engine;
-use crate::skip::{Never, SkipOptions, SkipStats};
-use crate::threads::Team;
+use crate::skip::{Never, SkipOptions, SkipPolicy, SkipStats};
 
 /// Positions whose logits are held at a time: 64 rows of a large vocabulary are 40 MB.
 const ROWS: usize = 64;
@@ -95,11 +94,24 @@ pub fn perplexity(
     engine: &Engine,
     tokens: &[u32],
     options: &PerplexityOptions,
+    progress: impl FnMut(usize, usize, f64) -> bool,
+) -> Result<PerplexityReport, EvalError> {
+    let policy = engine.model().policy(&options.skip).map_err(ModelError::from)?;
+    with_policy(engine.model(), engine.compute(), tokens, options, policy, progress)
+}
+
+/// [`perplexity`] under `policy`, whatever the options say about skipping.
+pub fn with_policy(
+    model: &Model,
+    on: Compute<'_>,
+    tokens: &[u32],
+    options: &PerplexityOptions,
+    policy: Box<dyn SkipPolicy>,
     mut progress: impl FnMut(usize, usize, f64) -> bool,
 ) -> Result<PerplexityReport, EvalError> {
-    let run = Run::new(engine, tokens, options)?;
+    let run = Run::new(model, on, tokens, options)?;
     let mut sums = Sums::default();
-    let mut test = run.state(engine.model().policy(&options.skip).map_err(ModelError::from)?);
+    let mut test = run.state(policy);
     test.measure_cosines(true);
     let mut full = options.kl.then(|| run.state(Box::new(Never)));
     let mut out = run.logits_file()?;
@@ -113,21 +125,25 @@ pub fn perplexity(
     if let (Some(out), Some(path)) = (out, &options.logits_out) {
         out.finish().map_err(|error| EvalError::Io { path: path.clone(), error })?;
     }
-    let ffn_bytes = |layer: usize| engine.model().layers()[layer].ffn.bytes() as u64;
+    let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
     Ok(sums.report(test.stats(), ffn_bytes))
 }
 
 struct Run<'a> {
     model: &'a Model,
-    team: &'a Team,
-    engine: &'a Engine,
+    on: Compute<'a>,
     options: &'a PerplexityOptions,
     warm: usize,
     windows: usize,
 }
 
 impl<'a> Run<'a> {
-    fn new(engine: &'a Engine, tokens: &[u32], options: &'a PerplexityOptions) -> Result<Self, EvalError> {
+    fn new(
+        model: &'a Model,
+        on: Compute<'a>,
+        tokens: &[u32],
+        options: &'a PerplexityOptions,
+    ) -> Result<Self, EvalError> {
         let context = options.context;
         let warm = options.warm.unwrap_or(context / 2);
         if warm + 1 >= context {
@@ -137,12 +153,12 @@ impl<'a> Run<'a> {
         if windows == 0 {
             return Err(EvalError::TooShort { tokens: tokens.len(), context });
         }
-        Ok(Self { model: engine.model(), team: engine.team(), engine, options, warm, windows })
+        Ok(Self { model, on, options, warm, windows })
     }
 
-    fn state(&self, policy: Box<dyn crate::skip::SkipPolicy>) -> State {
+    fn state(&self, policy: Box<dyn SkipPolicy>) -> State {
         let context = self.options.context;
-        State::new(self.model, self.team, (context, context.min(512)), self.options.kv, policy)
+        State::new(self.model, self.on.team, (context, context.min(512)), self.options.kv, policy)
     }
 
     fn logits_file(&self) -> Result<Option<NpyWriter>, EvalError> {
@@ -160,7 +176,7 @@ impl<'a> Run<'a> {
         sums: &mut Sums,
         mut out: Option<&mut NpyWriter>,
     ) -> Result<(), EvalError> {
-        let on = self.engine.compute();
+        let on = self.on;
         let vocab = self.model.config().vocab;
         let (mut q, mut p) = (Vec::new(), Vec::new());
         test.truncate(0);
@@ -235,8 +251,8 @@ impl Exact {
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Score {
     nll: f64,
-    /// In comparison with the full model: its `nll`, KL, and whether the most likely tokens are the same.
-    compared: Option<(f64, f64, bool)>,
+    /// In comparison with the full model: its `nll`, KL in nats, and whether the most likely tokens are the same.
+    pub compared: Option<(f64, f64, bool)>,
 }
 
 /// Scores logits `[targets, vocab]`, which are overwritten, against the full model's probabilities if there are any.

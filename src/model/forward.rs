@@ -211,7 +211,12 @@ impl Model {
         if let Some(probe) = probe {
             let (normed, inner) = (s.normed.values(), s.inner.values());
             let stream = &s.x[..n * c.embedding];
-            probe.ffn(index, FfnRows { rows: ran, stream, normed, inner, out });
+            let mut gate_up = vec![0.0; if probe.wants_gate_up() { ran.len() * 2 * c.ffn } else { 0 }];
+            if !gate_up.is_empty() {
+                let stack = [w.gate.matrix(), w.up.matrix()];
+                matmul(on, &stack, &s.normed, Epilogue::Store, &mut gate_up, &mut s.matmul);
+            }
+            probe.ffn(index, FfnRows { rows: ran, stream, normed, gate_up: &gate_up, inner, out });
         }
         add_rows(&mut s.x, ran, out, c.embedding);
     }

@@ -23,7 +23,8 @@ pub use probe::{FfnRows, MatmulInput, Probe};
 pub use state::{FfnStep, State};
 
 use crate::gguf::Gguf;
-use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipOptions, SkipPolicy};
+use crate::ops::Compute;
+use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
 use crate::weights::{Tensor, Weights};
 use cut::PreparedCut;
 
@@ -114,6 +115,22 @@ impl Model {
         options.policy(&self.facts(), self.calibration())
     }
 
+    /// Makes ready what the policy of `options` needs beyond the file's weights: for cuts, see
+    /// [`prepare_cuts`](Self::prepare_cuts). States made before do not have the buffers for it.
+    pub fn prepare_skip(
+        &mut self,
+        on: Compute<'_>,
+        options: &SkipOptions,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        let options = options.resolved(self.calibration())?;
+        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
+        match plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()) {
+            Some(plan) => self.prepare_cuts(on, plan.clone(), progress),
+            None => Ok(()),
+        }
+    }
+
     /// What is known about skipping in this model.
     pub fn calibration(&self) -> Option<&Calibration> {
         self.calibration.get()
@@ -131,7 +148,7 @@ impl Model {
     pub fn load_calibration(&self, path: &Path) -> Result<&Calibration, ModelError> {
         let wrong = |error| ModelError::Calibration { name: path.display().to_string(), error };
         let file = Weights::open(path)?;
-        let read = Calibration::read(file.metadata(), &self.facts(), &self.weights.fingerprint());
+        let read = Calibration::read(file.gguf(), file.bytes(), &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))
     }
 
@@ -139,7 +156,7 @@ impl Model {
     pub fn read_calibration(&self, name: &str, bytes: &[u8]) -> Result<&Calibration, ModelError> {
         let wrong = |error| ModelError::Calibration { name: name.into(), error };
         let file = Gguf::parse(bytes).map_err(|error| wrong(CalibrationError::Gguf(error)))?;
-        let read = Calibration::read(&file.metadata, &self.facts(), &self.weights.fingerprint());
+        let read = Calibration::read(&file, bytes, &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))
     }
 }

@@ -14,6 +14,11 @@ pub trait Probe: Send {
     /// What the matrices named by `input` are multiplied with.
     fn matmul(&mut self, _layer: usize, _input: MatmulInput, _x: &[f32]) {}
 
+    /// Whether [`FfnRows::gate_up`] is wanted: it costs another product with both matrices.
+    fn wants_gate_up(&self) -> bool {
+        false
+    }
+
     /// An FFN that ran, before its output is added to the stream.
     fn ffn(&mut self, _layer: usize, _rows: FfnRows<'_>) {}
 }
@@ -36,6 +41,8 @@ pub struct FfnRows<'a> {
     pub stream: &'a [f32],
     /// `[r, embedding]`: its norm, the input of gate and up.
     pub normed: &'a [f32],
+    /// `[r, 2 ffn]`: gate and up of each row, if the probe [wants](Probe::wants_gate_up) them.
+    pub gate_up: &'a [f32],
     /// `[r, ffn]`: the input of down.
     pub inner: &'a [f32],
     /// `[r, embedding]`
@@ -48,6 +55,9 @@ impl<P: Probe> Probe for Arc<Mutex<P>> {
     }
     fn matmul(&mut self, layer: usize, input: MatmulInput, x: &[f32]) {
         self.lock().unwrap_or_else(PoisonError::into_inner).matmul(layer, input, x);
+    }
+    fn wants_gate_up(&self) -> bool {
+        self.lock().unwrap_or_else(PoisonError::into_inner).wants_gate_up()
     }
     fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
         self.lock().unwrap_or_else(PoisonError::into_inner).ffn(layer, rows);

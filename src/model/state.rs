@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::cut::CutScratch;
 use super::{KvCache, KvType, Model, ModelError, Probe};
 use crate::kernels::Kernels;
 use crate::ops::attention::AttentionScratch;
@@ -70,8 +71,8 @@ pub(super) struct Scratch {
     pub cut_rows: Vec<usize>,
     /// The cut of each of `cut_rows`.
     pub cuts: Vec<Cut>,
-    /// `[rows, 2 ffn]`: gate and up of rows with a cut; empty for models without a plan.
-    pub gate_up: Vec<f32>,
+    /// Empty for models without a cut plan.
+    pub cut: CutScratch,
     /// The policy's state for each token of a step, where it governs several.
     pub policies: Vec<Box<dyn SkipPolicy>>,
     pub matmul: Vec<MatmulScratch>,
@@ -250,7 +251,7 @@ impl Scratch {
             active: Vec::with_capacity(batch),
             cut_rows: Vec::with_capacity(batch),
             cuts: Vec::with_capacity(batch),
-            gate_up: vec![0.0; if model.has_cuts() { batch * 2 * ffn } else { 0 }],
+            cut: CutScratch::new(model, batch),
             policies: Vec::new(),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: (0..threads).map(|_| attention()).collect(),

@@ -187,7 +187,7 @@ impl SkipPolicy for SkipDecode {
     }
 
     fn runs_layer(&mut self, layer: usize) -> bool {
-        let t = self.index.saturating_sub(self.warm_up).min(Self::HORIZON - 1);
+        let t = self.index.min(Self::HORIZON - 1).saturating_sub(self.warm_up);
         let skipped = (self.slope * t as f64).floor().min(self.warm.len() as f64) as usize;
         !(self.warm.start..self.warm.start + skipped).contains(&layer)
     }

@@ -3,9 +3,11 @@
 //! The keys are documented in docs/skip-file.md. A file is hostile until [`Calibration::read`] has returned:
 //! every length is checked against the model's shape and every number against its range.
 
-use crate::gguf::{Builder, Error as GgufError, Metadata, StringArray};
+use std::io;
 
-use super::ModelFacts;
+use super::{CutPlan, CutSide, LayerCut, ModelFacts};
+use crate::gguf::{Builder, Error as GgufError, GgmlType, Gguf, Metadata, StringArray, WriteError};
+use crate::quant;
 
 /// Version of the keys.
 const VERSION: u32 = 1;
@@ -37,6 +39,19 @@ impl Curve {
     pub fn most(&self) -> f32 {
         self.ratios.last().copied().unwrap_or(0.0)
     }
+}
+
+/// What may be cut, and how deep.
+///
+/// The weight of an entry is the error that a unit of it adds to the model's output, as calibration estimates it,
+/// in units of what a byte of its column is worth; so one threshold serves all layers and both sides, and what
+/// is left out is always that which costs least for a byte.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CutCalibration {
+    /// Centres and weights.
+    pub plan: CutPlan,
+    /// Threshold by share of FFN weight bytes.
+    pub curve: Curve,
 }
 
 /// The measured quality of a policy at a strength, on text that it was not calibrated on.
@@ -77,6 +92,8 @@ pub struct Calibration {
     pub cold: (usize, usize),
     /// `ffn-skip` with `k` = 1: cosine threshold by share of blocks.
     pub ffn_skip: Curve,
+    /// What `cut` needs.
+    pub cut: Option<CutCalibration>,
     /// Measured points, in no order.
     pub points: Vec<Point>,
     /// Index of the point that `--skip auto` takes.
@@ -99,6 +116,8 @@ pub enum CalibrationError {
     Length { key: String, found: usize, expected: usize },
     #[error("{key}[{index}] is {found}, expected {expected}")]
     Value { key: String, index: usize, found: f32, expected: &'static str },
+    #[error("tensor {tensor:?} is {found}, expected {ty} {expected:?}")]
+    Tensor { tensor: String, found: String, ty: GgmlType, expected: [u64; 2] },
     #[error("{key} is {found}, expected {expected}")]
     Number { key: &'static str, found: usize, expected: String },
 }
@@ -125,10 +144,11 @@ impl Calibration {
         self.auto.and_then(|i| self.points.get(i))
     }
 
-    /// Reads the keys of a file for a model of the shapes `facts` and with `fingerprint`.
-    pub fn read(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Result<Self> {
+    /// Reads the file `bytes`, whose header is `file`, for a model of the shapes `facts` and with `fingerprint`.
+    pub fn read(file: &Gguf, bytes: &[u8], facts: &ModelFacts, fingerprint: &str) -> Result<Self> {
+        let metadata = &file.metadata;
         check_kind(metadata, facts, fingerprint)?;
-        let r = Reader { metadata };
+        let r = Reader { file, bytes, metadata };
         let layers = facts.layers;
         let (start, end) = (metadata.usize("skip.cold.start")?, metadata.usize("skip.cold.end")?);
         if start > end || end > layers {
@@ -150,13 +170,31 @@ impl Calibration {
             damage: r.numbers("skip.damage", layers, &POSITIVE)?,
             cold: (start, end),
             ffn_skip: r.curve("skip.ffn_skip", &COSINE)?,
+            cut: r.cut(facts)?,
             points,
             auto,
         })
     }
 
-    /// Puts the keys into a file.
-    pub fn write(&self, file: &mut Builder, facts: &ModelFacts) -> std::result::Result<(), GgufError> {
+    /// Writes the file.
+    pub fn write<W: io::Write>(&self, facts: &ModelFacts, out: W) -> std::result::Result<W, WriteError> {
+        let mut file = Builder::new();
+        self.keys(&mut file, facts)?;
+        let sides = self.cut.as_ref().map_or_else(Vec::new, |cut| {
+            file_sides(facts).map(|(name, n, of)| (name, n, matrix(&cut.plan, n, of))).to_vec()
+        });
+        let sides: Vec<_> = sides.into_iter().filter(|(_, _, values)| !values.is_empty()).collect();
+        for (name, n, _) in &sides {
+            file.tensor(*name, stored_type(*n), &[*n as u64, facts.layers as u64])?;
+        }
+        let mut out = file.start(out)?;
+        for (_, n, values) in &sides {
+            out.write_tensor(&stored(*n, values))?;
+        }
+        out.finish()
+    }
+
+    fn keys(&self, file: &mut Builder, facts: &ModelFacts) -> std::result::Result<(), GgufError> {
         file.insert("general.architecture", "skip")?;
         file.insert("skip.version", VERSION)?;
         file.insert("skip.model.fingerprint", self.model.as_str())?;
@@ -172,6 +210,12 @@ impl Calibration {
         file.insert("skip.cold.end", self.cold.1 as u32)?;
         file.insert("skip.ffn_skip.ratio", self.ffn_skip.ratios.clone())?;
         file.insert("skip.ffn_skip.strength", self.ffn_skip.strengths.clone())?;
+        if let Some(cut) = &self.cut {
+            let cuttable: Vec<bool> = cut.plan.layers.iter().map(Option::is_some).collect();
+            file.insert("skip.cut.layer", cuttable)?;
+            file.insert("skip.cut.ratio", cut.curve.ratios.clone())?;
+            file.insert("skip.cut.strength", cut.curve.strengths.clone())?;
+        }
         self.write_points(file)
     }
 
@@ -183,6 +227,76 @@ impl Calibration {
             file.insert(format!("skip.point.{name}"), values)?;
         }
         self.auto.map_or(Ok(()), |i| file.insert("skip.auto", i as u32))
+    }
+}
+
+/// A tensor of the file: name, columns, and the vector of a layer that is a row of it.
+type FileSide = (&'static str, usize, fn(&mut LayerCut) -> &mut Vec<f32>);
+
+fn file_sides(facts: &ModelFacts) -> [FileSide; 4] {
+    [
+        ("cut.inputs.centre", facts.embedding, |cut| &mut cut.inputs.centre),
+        ("cut.inputs.weight", facts.embedding, |cut| &mut cut.inputs.weight),
+        ("cut.inner.centre", facts.ffn, |cut| &mut cut.inner.centre),
+        ("cut.inner.weight", facts.ffn, |cut| &mut cut.inner.weight),
+    ]
+}
+
+/// The vectors of all layers, one after the other, zeros for those that have none; nothing if no layer has one.
+fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> Vec<f32> {
+    let vectors = plan.layers.iter().map(|cut| cut.clone().map(|mut cut| std::mem::take(of(&mut cut))));
+    let vectors: Vec<Vec<f32>> = vectors.map(Option::unwrap_or_default).collect();
+    if vectors.iter().all(Vec::is_empty) {
+        return Vec::new();
+    }
+    vectors
+        .into_iter()
+        .flat_map(|mut vector| {
+            vector.resize(n, 0.0);
+            vector
+        })
+        .collect()
+}
+
+/// The type in which vectors of `n` entries are stored: a byte an entry is exact enough, where blocks fit.
+fn stored_type(n: usize) -> GgmlType {
+    if n.is_multiple_of(GgmlType::Q8_0.block_len()) { GgmlType::Q8_0 } else { GgmlType::F16 }
+}
+
+/// Rows of `n` values as the file has them.
+fn stored(n: usize, values: &[f32]) -> Vec<u8> {
+    let ty = stored_type(n);
+    let mut bytes = vec![0; ty.row_bytes(n) * (values.len() / n)];
+    for (row, bytes) in values.chunks_exact(n).zip(bytes.chunks_exact_mut(ty.row_bytes(n))) {
+        quant::quantize_row(ty, row, bytes);
+    }
+    bytes
+}
+
+/// What [`stored`] has made of rows of `n` values.
+fn restored(n: usize, bytes: &[u8]) -> Vec<f32> {
+    let ty = stored_type(n);
+    let mut values = vec![0.0; bytes.len() / ty.row_bytes(n) * n];
+    for (row, bytes) in values.chunks_exact_mut(n).zip(bytes.chunks_exact(ty.row_bytes(n))) {
+        quant::dequantize_row(ty, bytes, row);
+    }
+    values
+}
+
+impl CutPlan {
+    /// The plan as it comes back from a file.
+    pub fn as_stored(&self) -> Self {
+        let round = |side: &mut CutSide| {
+            for vector in [&mut side.centre, &mut side.weight].into_iter().filter(|v| !v.is_empty()) {
+                *vector = restored(vector.len(), &stored(vector.len(), vector));
+            }
+        };
+        let mut plan = self.clone();
+        for cut in plan.layers.iter_mut().flatten() {
+            round(&mut cut.inputs);
+            round(&mut cut.inner);
+        }
+        plan
     }
 }
 
@@ -201,6 +315,7 @@ type Range = (&'static str, fn(f32) -> bool);
 const COSINE: Range = ("a cosine, -1 to 1", |v| (-1.0..=1.0).contains(&v));
 const INFLUENCE: Range = ("0 to 2", |v| (0.0..=2.0).contains(&v));
 const SHARE: Range = ("a share, 0 to 1", |v| (0.0..=1.0).contains(&v));
+const FINITE: Range = ("a finite number", f32::is_finite);
 const POSITIVE: Range = ("a number from 0 on", |v| v >= 0.0 && v.is_finite());
 
 fn check_kind(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Result<()> {
@@ -231,8 +346,10 @@ fn check_kind(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Res
 }
 
 /// Checked lookups.
-pub(super) struct Reader<'a> {
-    pub metadata: &'a Metadata,
+struct Reader<'a> {
+    file: &'a Gguf,
+    bytes: &'a [u8],
+    metadata: &'a Metadata,
 }
 
 impl Reader<'_> {
@@ -262,6 +379,46 @@ impl Reader<'_> {
         }
         let strengths = self.numbers(&format!("{prefix}.strength"), n, strength)?;
         Ok(Curve { ratios, strengths })
+    }
+
+    fn cut(&self, facts: &ModelFacts) -> Result<Option<CutCalibration>> {
+        let key = "skip.cut.layer";
+        let Some(cuttable) = self.metadata.opt_array_bool(key)? else { return Ok(None) };
+        if cuttable.len() != facts.layers {
+            let (found, expected) = (cuttable.len(), facts.layers);
+            return Err(CalibrationError::Length { key: key.into(), found, expected });
+        }
+        let empty = || LayerCut { inputs: CutSide::default(), inner: CutSide::default() };
+        let mut layers: Vec<Option<LayerCut>> = cuttable.iter().map(|&c| c.then(empty)).collect();
+        for (name, n, of) in file_sides(facts) {
+            let range = if name.ends_with("weight") { &POSITIVE } else { &FINITE };
+            let Some(values) = self.tensor(name, n, facts.layers, range)? else { continue };
+            for (cut, values) in layers.iter_mut().zip(values.chunks_exact(n)) {
+                cut.iter_mut().for_each(|cut| *of(cut) = values.to_vec());
+            }
+        }
+        let curve = self.curve("skip.cut", &POSITIVE)?;
+        Ok(Some(CutCalibration { plan: CutPlan { layers }, curve }))
+    }
+
+    /// The tensor `name`, `[rows, n]`, if there is one.
+    fn tensor(&self, name: &str, n: usize, rows: usize, range: &Range) -> Result<Option<Vec<f32>>> {
+        let Some(info) = self.file.tensor(name) else { return Ok(None) };
+        let expected = [n as u64, rows as u64];
+        if info.ty != stored_type(n) || info.shape != expected {
+            let (tensor, found) = (name.to_owned(), format!("{} {:?}", info.ty, info.shape));
+            return Err(CalibrationError::Tensor { tensor, found, ty: stored_type(n), expected });
+        }
+        // The reader has checked that the extent lies inside the file.
+        let bytes = &self.bytes[info.offset as usize..][..info.n_bytes as usize];
+        let values = restored(n, bytes);
+        match values.iter().position(|&v| !range.1(v)) {
+            Some(index) => {
+                let (key, found, expected) = (name.to_owned(), values[index], range.0);
+                Err(CalibrationError::Value { key, index, found, expected })
+            }
+            None => Ok(Some(values)),
+        }
     }
 
     fn points(&self) -> Result<Vec<Point>> {

@@ -8,6 +8,7 @@
 
 mod baselines;
 mod cut;
+mod cutting;
 mod ffn_skip;
 
 mod calibration;
@@ -15,8 +16,9 @@ mod options;
 mod stats;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
-pub use calibration::{Calibration, CalibrationError, Curve, Point};
+pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point};
 pub use cut::{Cut, CutPlan, CutSide, LayerCut};
+pub use cutting::Cutting;
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
 pub use stats::SkipStats;

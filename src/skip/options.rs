@@ -1,6 +1,6 @@
 //! What a user asks for, checked against the model it is for.
 
-use super::{Calibration, FfnSkip, Never, Random, ShortGpt, SkipDecode, SkipPolicy, Static};
+use super::{Calibration, Cutting, FfnSkip, Never, Random, ShortGpt, SkipDecode, SkipPolicy, Static};
 
 /// Which policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub enum SkipMode {
     ShortGpt,
     /// Whole layers, the more the later the token.
     SkipDecode,
+    /// Inputs and neurons of every FFN.
+    Cut,
 }
 
 /// A policy and its parameters. `None`: the default for the model.
@@ -83,12 +85,16 @@ pub enum SkipError {
          which is found beside the model, or name its file with --skip-file"
     )]
     NeedsCalibration { mode: &'static str, with: &'static str },
-    #[error("--skip auto: the calibration file states no quality; calibrate anew")]
+    #[error(
+        "--skip auto: the calibration file has no setting of sufficient quality; name a policy and a ratio"
+    )]
     NoPoint,
+    #[error("--skip cut: the calibration file has nothing on neurons; calibrate anew")]
+    NoCuts,
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 7] = [
+    const NAMES: [(&'static str, Self); 8] = [
         ("off", Self::Off),
         ("auto", Self::Auto),
         ("ffn-skip", Self::FfnSkip),
@@ -96,6 +102,7 @@ impl SkipMode {
         ("random", Self::Random),
         ("shortgpt", Self::ShortGpt),
         ("skipdecode", Self::SkipDecode),
+        ("cut", Self::Cut),
     ];
 
     /// The name of every mode, as `--skip` takes it.
@@ -119,7 +126,7 @@ impl SkipMode {
 
     /// Whether there is no policy of this mode without a calibration, whatever the parameters.
     pub fn needs_calibration(self) -> bool {
-        matches!(self, Self::Auto | Self::Static | Self::ShortGpt)
+        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut)
     }
 }
 
@@ -163,6 +170,15 @@ impl SkipOptions {
                 let slope = SkipDecode::slope(f64::from(ratio), layers, warm_up, &warm);
                 let slope = slope.ok_or_else(|| self.too_high(ratio, warm.len() as f32 / layers as f32))?;
                 Box::new(SkipDecode::new(slope, warm_up, warm))
+            }
+            SkipMode::Cut => {
+                let calibrated = self.calibrated(calibration)?.cut.as_ref().ok_or(SkipError::NoCuts)?;
+                let ratio = self.needed_ratio()?;
+                let threshold = calibrated.curve.strength(ratio);
+                let threshold = threshold.ok_or_else(|| self.too_high(ratio, calibrated.curve.most()))?;
+                // The plan knows which layers cannot be cut; the cold regions are those of whole blocks.
+                let (start, end) = self.cold.unwrap_or((0, layers));
+                Box::new(Cutting::new(threshold, warm_up, start..end))
             }
         })
     }
@@ -278,7 +294,7 @@ mod tests {
 
     #[test]
     fn what_needs_a_calibration_says_how_to_make_one() {
-        for mode in [SkipMode::Auto, SkipMode::Static, SkipMode::ShortGpt] {
+        for mode in [SkipMode::Auto, SkipMode::Static, SkipMode::ShortGpt, SkipMode::Cut] {
             let error = with(mode, |o| o.ratio = (o.mode != SkipMode::Auto).then_some(0.1)).unwrap_err();
             assert!(error.to_string().contains("skiff calibrate"), "{error}");
         }

@@ -90,6 +90,11 @@ impl SkipStats {
         if all == 0.0 { 0.0 } else { (skipped + cut) / all }
     }
 
+    /// Bytes that cuts left unread in each layer, of all tokens; below 0 where the cut form is larger.
+    pub fn unread_by_layer(&self) -> impl Iterator<Item = i64> {
+        self.layers.iter().map(|l| l.unread)
+    }
+
     /// Share of FFN blocks skipped in each layer, 0 to 1.
     pub fn share_by_layer(&self) -> Vec<f64> {
         let share = |l: &Layer| l.skipped as f64 / (l.ran + l.skipped).max(1) as f64;

@@ -78,6 +78,11 @@ impl Weights {
         &self.shards[0].gguf
     }
 
+    /// Bytes of the first file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.shards[0].map
+    }
+
     /// Path of the first file.
     pub fn path(&self) -> &Path {
         &self.shards[0].path
