@@ -64,6 +64,11 @@ impl Builder {
         Ok(())
     }
 
+    /// Bytes of all tensors' data, without padding.
+    pub fn data_bytes(&self) -> u64 {
+        self.tensors.iter().fold(0, |sum, t| sum.saturating_add(t.n_bytes))
+    }
+
     /// Writes everything up to the data of the first tensor.
     pub fn start<W: io::Write>(mut self, mut out: W) -> Result<Writer<W>, WriteError> {
         let alignment = self.metadata.alignment()?;

@@ -1,0 +1,43 @@
+//! What can go wrong. Every variant names the datum.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)] // the fields are named for what the message prints
+pub enum ConvertError {
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: io::Error },
+    #[error("{}: the disk is full: {written} bytes of {needed} fitted; the unfinished file was removed", path.display())]
+    DiskFull { path: PathBuf, written: u64, needed: u64 },
+    #[error("{}: {error}", path.display())]
+    Write { path: PathBuf, error: skiff::gguf::WriteError },
+    #[error("{}: {error}", path.display())]
+    Gguf { path: PathBuf, error: skiff::gguf::Error },
+    #[error(transparent)]
+    Weights(#[from] skiff::weights::WeightsError),
+    #[error("metadata: {0}")]
+    Metadata(#[from] skiff::gguf::Error),
+    #[error("{} is the input itself", path.display())]
+    OutputIsInput { path: PathBuf },
+    #[error("unknown type or mix {name:?}: known are {known}")]
+    UnknownMix { name: String, known: String },
+    #[error("{shape:?}: {problem}")]
+    Shape { shape: String, problem: String },
+    /// In a closure that writes to a [`GgufOutput`](crate::output::GgufOutput), which adds the path.
+    #[error("the output cannot be written: {0}")]
+    Output(io::Error),
+    /// Ctrl-C.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl ConvertError {
+    /// Wraps an error of the file at `path`.
+    pub(crate) fn io(path: &Path) -> impl Fn(io::Error) -> Self {
+        let path = path.to_owned();
+        move |error| Self::Io { path: path.clone(), error }
+    }
+}

@@ -1,0 +1,23 @@
+//! From a Hugging Face checkpoint to a quantised GGUF file. GGUF and quantisation are `skiff`'s; here is what it
+//! takes to get there.
+//!
+//! ```text
+//! source (checkpoint, GGUF file, random numbers) -> rows of f32 -> encode -> output (temporary name, then the final one)
+//! ```
+//!
+//! * [`recipe`] says which type every tensor gets, as llama.cpp's mixes do.
+//! * [`encode`] turns the rows of a tensor into blocks on all cores, a few megabytes at a time: no command ever holds
+//!   a whole model.
+//! * [`output`] writes a GGUF file that has its name only when it is whole.
+//! * [`synth`] are commands on top; [`cli`] is the command line.
+#![forbid(unsafe_code)]
+
+pub mod cli;
+pub mod encode;
+mod error;
+pub mod output;
+pub mod progress;
+pub mod recipe;
+pub mod synth;
+
+pub use error::ConvertError;
