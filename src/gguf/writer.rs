@@ -64,6 +64,11 @@ impl Builder {
         Ok(())
     }
 
+    /// The tensors described so far, their offsets not yet known.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
     /// Bytes of all tensors' data, without padding.
     pub fn data_bytes(&self) -> u64 {
         self.tensors.iter().fold(0, |sum, t| sum.saturating_add(t.n_bytes))

@@ -3,19 +3,26 @@
 //! `error: ...` that names the file, key, tensor or value.
 
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use regex::Regex;
+use skiff::gguf::GgmlType;
 
 use crate::ConvertError;
+use crate::imatrix::{self, ComputeOptions, Imatrix};
 use crate::progress;
-use crate::recipe::Mix;
+use crate::quantize::{self, Report};
+use crate::recipe::{Mix, Recipe};
 use crate::synth::{self, Shape, SynthOptions};
 
 const EXAMPLES: &str = "\
 Examples:
+  skiff-convert quantize model-f16.gguf model-q4.gguf Q4_K_M
+  skiff-convert imatrix model-f16.gguf -f text.txt -o model.imatrix
+  skiff-convert quantize model-f16.gguf model-q3.gguf Q3_K_M --imatrix model.imatrix
   skiff-convert synth llama2-7b Q4_0 random-7b.gguf";
 
 /// Makes GGUF files: from Hugging Face checkpoints, by quantising others, or of random weights.
@@ -34,7 +41,79 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Quantize(QuantizeArgs),
+    Imatrix(ImatrixArgs),
     Synth(SynthArgs),
+}
+
+/// What every matrix becomes.
+#[derive(Args)]
+struct RecipeArgs {
+    /// Importance matrix of the model (of the imatrix command, or of llama.cpp)
+    #[arg(long, value_name = "FILE")]
+    imatrix: Option<PathBuf>,
+    /// Type of the tensors whose name the regular expression matches (repeatable; the first match counts)
+    #[arg(long, value_name = "REGEX=TYPE", value_parser = tensor_type)]
+    tensor_type: Vec<(Regex, GgmlType)>,
+    /// Give all matrices the same type
+    #[arg(long)]
+    pure: bool,
+    /// Type of the output matrix
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type)]
+    output_tensor_type: Option<GgmlType>,
+    /// Type of the token embedding
+    #[arg(long, value_name = "TYPE", value_parser = ggml_type)]
+    token_embedding_type: Option<GgmlType>,
+}
+
+impl RecipeArgs {
+    fn recipe(&self, mix: Mix) -> Recipe {
+        Recipe {
+            mix,
+            pure: self.pure,
+            output: self.output_tensor_type,
+            embedding: self.token_embedding_type,
+            overrides: self.tensor_type.clone(),
+            has_imatrix: self.imatrix.is_some(),
+        }
+    }
+
+    fn imatrix(&self) -> Result<Option<Imatrix>, ConvertError> {
+        self.imatrix.as_deref().map(Imatrix::read).transpose()
+    }
+}
+
+/// Write a GGUF model in other types
+#[derive(Args)]
+struct QuantizeArgs {
+    /// The model (the first file of a split one)
+    input: PathBuf,
+    /// The file to write
+    out: PathBuf,
+    /// Type or mix: F32, F16, BF16, Q8_0, Q4_0, Q4_K_M, IQ4_XS, ...
+    #[arg(value_name = "TYPE", value_parser = mix)]
+    mix: Mix,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+}
+
+/// Measure which inputs of each matrix are large on a text
+#[derive(Args)]
+struct ImatrixArgs {
+    /// The model
+    model: PathBuf,
+    /// The text
+    #[arg(short, long, value_name = "FILE")]
+    file: PathBuf,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE", default_value = "imatrix.gguf")]
+    out: PathBuf,
+    /// Tokens of a window
+    #[arg(short = 'c', long = "ctx-size", value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(2..=1 << 20))]
+    context: u32,
+    /// Windows at most [default: as many as the text has]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    chunks: Option<u32>,
 }
 
 /// Write a model of random weights in the shape of a real one
@@ -59,6 +138,17 @@ fn mix(name: &str) -> Result<Mix, String> {
     Mix::from_name(name).map_err(|e| e.to_string())
 }
 
+fn ggml_type(name: &str) -> Result<GgmlType, String> {
+    let known = || GgmlType::all().map(GgmlType::name).collect::<Vec<_>>().join(", ");
+    GgmlType::from_name(name).ok_or_else(|| format!("unknown type; known are {}", known()))
+}
+
+fn tensor_type(text: &str) -> Result<(Regex, GgmlType), String> {
+    // A regular expression may have a `=` of its own, a type has none.
+    let (regex, ty) = text.rsplit_once('=').ok_or("expected REGEX=TYPE")?;
+    Ok((Regex::new(regex).map_err(|e| e.to_string())?, ggml_type(ty)?))
+}
+
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
@@ -76,6 +166,8 @@ pub fn main() -> ExitCode {
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
     }
     let outcome = match &cli.command {
+        Command::Quantize(args) => run_quantize(args, cli.quiet),
+        Command::Imatrix(args) => run_imatrix(args, cli.threads, cli.quiet),
         Command::Synth(args) => run_synth(args, cli.quiet),
     };
     match outcome {
@@ -93,6 +185,40 @@ pub fn main() -> ExitCode {
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
+}
+
+fn run_quantize(args: &QuantizeArgs, quiet: bool) -> Result<String, ConvertError> {
+    let imatrix = args.recipe.imatrix()?;
+    let recipe = args.recipe.recipe(args.mix);
+    let report = quantize::quantize(&args.input, &args.out, &recipe, imatrix.as_ref(), quiet)?;
+    Ok(types_report(&args.out, args.mix, &report))
+}
+
+fn types_report(out: &Path, mix: Mix, report: &Report) -> String {
+    let mut text = format!("{}: {}\n", out.display(), mix.name());
+    for (ty, tensors, bytes) in &report.types {
+        text += &format!("  {:<7} {tensors:>5} tensors {:>10.1} MB\n", ty.name(), *bytes as f64 / 1e6);
+    }
+    let bits = report.bytes_out as f64 * 8.0 / report.elements.max(1) as f64;
+    text += &format!("  read {}\n", amount(report.bytes_in, report.time));
+    text += &format!("  wrote {:.2} GB, {bits:.2} bits a weight\n", report.bytes_out as f64 / 1e9);
+    if !report.without_importance.is_empty() {
+        text += &format!("  not in the importance matrix: {}\n", report.without_importance.join(", "));
+    }
+    text
+}
+
+fn run_imatrix(args: &ImatrixArgs, threads: Option<u16>, quiet: bool) -> Result<String, ConvertError> {
+    let options = ComputeOptions {
+        model: &args.model,
+        text: &args.file,
+        window: args.context as usize,
+        chunks: args.chunks.map(|n| n as usize),
+        threads: threads.map(usize::from),
+        quiet,
+    };
+    let (chunks, matrices) = imatrix::compute(&options, &args.out)?;
+    Ok(format!("{}: {matrices} matrices, {chunks} windows of {} tokens\n", args.out.display(), args.context))
 }
 
 fn run_synth(args: &SynthArgs, quiet: bool) -> Result<String, ConvertError> {

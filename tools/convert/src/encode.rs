@@ -68,8 +68,7 @@ fn encode_chunk(
     rows.read(range, &mut values)?;
     let mut blocks = vec![0; ty.row_bytes(cols) * (values.len() / cols)];
     for (values, blocks) in values.chunks_exact(cols).zip(blocks.chunks_exact_mut(ty.row_bytes(cols))) {
-        quant::quantize_row(ty, values, blocks);
+        quant::quantize_row_weighed(ty, values, importance, blocks);
     }
-    let _ = importance;
     Ok(blocks)
 }

@@ -26,6 +26,18 @@ pub enum ConvertError {
     UnknownMix { name: String, known: String },
     #[error("{shape:?}: {problem}")]
     Shape { shape: String, problem: String },
+    #[error("{}: not an importance matrix: {problem}", path.display())]
+    NotAnImatrix { path: PathBuf, problem: String },
+    #[error("the importance matrix has {found} columns for tensor {tensor:?} (expected {expected}): it is of another model")]
+    ForeignImatrix { tensor: String, expected: usize, found: usize },
+    #[error(transparent)]
+    Session(#[from] skiff::session::SessionError),
+    #[error(transparent)]
+    Model(#[from] skiff::model::ModelError),
+    #[error(transparent)]
+    Tokenizer(#[from] skiff::tokenizer::TokenizerError),
+    #[error("{}: it has {tokens} tokens, fewer than one window of {window}", path.display())]
+    TextTooShort { path: PathBuf, tokens: usize, window: usize },
     /// In a closure that writes to a [`GgufOutput`](crate::output::GgufOutput), which adds the path.
     #[error("the output cannot be written: {0}")]
     Output(io::Error),

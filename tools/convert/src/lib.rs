@@ -15,9 +15,12 @@
 pub mod cli;
 pub mod encode;
 mod error;
+pub mod imatrix;
 pub mod output;
 pub mod progress;
+pub mod quantize;
 pub mod recipe;
+pub mod source;
 pub mod synth;
 
 pub use error::ConvertError;

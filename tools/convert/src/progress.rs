@@ -7,8 +7,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::ConvertError;
 
-const TEMPLATE: &str =
+const BYTES: &str =
     "{prefix} {wide_msg} {bytes:>10}/{total_bytes} [{bar:24}] {bytes_per_sec:>12}, {eta} left";
+const COUNT: &str = "{prefix} {pos}/{len} {msg} [{bar:24}] {per_sec:>12}, {eta} left";
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
@@ -18,7 +19,7 @@ pub fn catch_interrupts() {
     let _ = ctrlc::set_handler(|| INTERRUPTED.store(true, Ordering::SeqCst));
 }
 
-/// Counts bytes done; hidden where stderr is no terminal.
+/// Counts what is done; hidden where stderr is no terminal.
 pub struct Progress {
     bar: ProgressBar,
     started: Instant,
@@ -27,9 +28,20 @@ pub struct Progress {
 impl Progress {
     /// Over `bytes`, of whatever the command works through.
     pub fn new(verb: &'static str, bytes: u64, quiet: bool) -> Self {
-        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(bytes) };
-        // The template is a constant that a test checks; the default style still shows the position.
-        if let Ok(style) = ProgressStyle::with_template(TEMPLATE) {
+        Self::with(verb, BYTES, bytes, quiet)
+    }
+
+    /// Over `n` of something else.
+    pub fn counting(verb: &'static str, what: &str, n: u64, quiet: bool) -> Self {
+        let progress = Self::with(verb, COUNT, n, quiet);
+        progress.at(what);
+        progress
+    }
+
+    fn with(verb: &'static str, template: &str, n: u64, quiet: bool) -> Self {
+        let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(n) };
+        // A test checks the templates; the default style still shows the position.
+        if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style.progress_chars("=> "));
         }
         bar.set_prefix(verb);
@@ -44,12 +56,12 @@ impl Progress {
         self.bar.set_message(what.to_owned());
     }
 
-    /// Counts `bytes` more.
+    /// Counts `n` more.
     ///
     /// # Errors
     /// [`ConvertError::Interrupted`] after Ctrl-C.
-    pub fn add(&self, bytes: u64) -> Result<(), ConvertError> {
-        self.bar.inc(bytes);
+    pub fn add(&self, n: u64) -> Result<(), ConvertError> {
+        self.bar.inc(n);
         if INTERRUPTED.load(Ordering::SeqCst) { Err(ConvertError::Interrupted) } else { Ok(()) }
     }
 
@@ -69,7 +81,9 @@ impl Drop for Progress {
 #[cfg(test)]
 mod tests {
     #[test]
-    fn the_template_is_understood() {
-        super::ProgressStyle::with_template(super::TEMPLATE).expect("a valid template");
+    fn the_templates_are_understood() {
+        for template in [super::BYTES, super::COUNT] {
+            super::ProgressStyle::with_template(template).expect("a valid template");
+        }
     }
 }
