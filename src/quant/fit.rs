@@ -182,7 +182,14 @@ impl Affine {
 /// The best fit for the codes that `inverse` and `min` give; `None` if they do not determine one, or only one with a
 /// sign that the formats cannot store.
 #[inline(always)]
-fn least_squares(x: &[f32], w: &[f32], [sw, sx]: [f32; 2], inverse: f32, min: f32, top: f32) -> Option<Affine> {
+fn least_squares(
+    x: &[f32],
+    w: &[f32],
+    [sw, sx]: [f32; 2],
+    inverse: f32,
+    min: f32,
+    top: f32,
+) -> Option<Affine> {
     let [sq, sqq, sqx] = sums(x, w, |x, w| {
         let q = nearest((x + min) * inverse, 0.0, top);
         [w * q, w * q * q, w * q * x]

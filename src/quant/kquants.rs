@@ -283,7 +283,14 @@ impl<const G: usize> SymmetricBlock<G> {
         best
     }
 
-    fn with(x: &[f32], w: &[f32], limit: f32, fits: &[f32; G], d: f32, level: impl Fn(f32) -> f32 + Copy) -> Self {
+    fn with(
+        x: &[f32],
+        w: &[f32],
+        limit: f32,
+        fits: &[f32; G],
+        d: f32,
+        level: impl Fn(f32) -> f32 + Copy,
+    ) -> Self {
         let d = f32_to_f16(d);
         let unit = inverse(f16_to_f32(d));
         let scale = fits.map(|fit| nearest(fit * unit, -limit, limit - 1.0) as i8);

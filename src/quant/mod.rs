@@ -191,15 +191,16 @@ pub fn quantize_row_weighed(ty: GgmlType, src: &[f32], importance: Option<&[f32]
 
 /// Encodes one block; `w` has room for the weights of its errors.
 fn quantize_block(ty: GgmlType, x: &[f32], importance: Option<&[f32]>, w: &mut [f32], out: &mut [u8]) {
-    weigh(x, importance, w);
-    let given = importance.map(|_| &*w);
+    if ty.block_len() == MAX_BLOCK_LEN || ty == IQ4_NL {
+        weigh(x, importance, w); // the others search only where importances are given
+    }
     match ty {
         F32 | F16 | BF16 => panic!("{ty} has no blocks"),
         Q8_0 => legacy::quantize_q8_0(x, out),
-        Q4_0 => legacy::quantize_q4_0(x, given, out),
-        Q4_1 => legacy::quantize_q4_1(x, given, out),
-        Q5_0 => legacy::quantize_q5_0(x, given, out),
-        Q5_1 => legacy::quantize_q5_1(x, given, out),
+        Q4_0 => legacy::quantize_q4_0(x, importance, out),
+        Q4_1 => legacy::quantize_q4_1(x, importance, out),
+        Q5_0 => legacy::quantize_q5_0(x, importance, out),
+        Q5_1 => legacy::quantize_q5_1(x, importance, out),
         Q2_K => kquants::quantize_q2_k(x, w, out),
         Q3_K => kquants::quantize_q3_k(x, w, out),
         Q4_K => kquants::quantize_q4_k(x, w, out),
@@ -210,20 +211,15 @@ fn quantize_block(ty: GgmlType, x: &[f32], importance: Option<&[f32]>, w: &mut [
     }
 }
 
-/// How much the error of each weight of a block counts.
+/// How much the error of each weight of a block counts: its importance, or where that is not known, large weights
+/// somewhat more than small ones (docs/quantisation.md has what was tried).
 fn weigh(x: &[f32], importance: Option<&[f32]>, w: &mut [f32]) {
-    static KIND: std::sync::LazyLock<u32> = std::sync::LazyLock::new(|| std::env::var("WKIND").map_or(0, |k| k.parse().unwrap()));
-    let kind = *KIND;
+    if let Some(importance) = importance {
+        return w.copy_from_slice(importance);
+    }
     let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
-    for (i, w) in w.iter_mut().enumerate() {
-        let a = match kind {
-            1 => mean.sqrt() + x[i].abs(),
-            2 => (mean + x[i] * x[i]).sqrt(),
-            3 => x[i] * x[i],
-            4 => (2.0*mean + x[i] * x[i]).sqrt(),
-            _ => 1.0,
-        };
-        *w = a * importance.map_or(1.0, |m| m[i]);
+    for (w, x) in w.iter_mut().zip(x) {
+        *w = (mean + x * x).sqrt();
     }
 }
 

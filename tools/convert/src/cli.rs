@@ -12,14 +12,18 @@ use regex::Regex;
 use skiff::gguf::GgmlType;
 
 use crate::ConvertError;
+use crate::hf::{self, HfOptions};
 use crate::imatrix::{self, ComputeOptions, Imatrix};
 use crate::progress;
 use crate::quantize::{self, Report};
 use crate::recipe::{Mix, Recipe};
+use crate::shards::{self, Cut};
 use crate::synth::{self, Shape, SynthOptions};
+use crate::verify;
 
 const EXAMPLES: &str = "\
 Examples:
+  skiff-convert hf CHECKPOINT -o model-f16.gguf
   skiff-convert quantize model-f16.gguf model-q4.gguf Q4_K_M
   skiff-convert imatrix model-f16.gguf -f text.txt -o model.imatrix
   skiff-convert quantize model-f16.gguf model-q3.gguf Q3_K_M --imatrix model.imatrix
@@ -41,8 +45,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Hf(HfArgs),
     Quantize(QuantizeArgs),
     Imatrix(ImatrixArgs),
+    Split(SplitArgs),
+    Merge(MergeArgs),
+    Verify(VerifyArgs),
     Synth(SynthArgs),
 }
 
@@ -83,6 +91,24 @@ impl RecipeArgs {
     }
 }
 
+/// Convert a Hugging Face checkpoint
+#[derive(Args)]
+struct HfArgs {
+    /// Directory with config.json, safetensors and tokenizer files
+    dir: PathBuf,
+    /// The file to write
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+    /// Type or mix: F32, F16, BF16, Q8_0, Q4_K_M, ...
+    #[arg(long, value_name = "TYPE", default_value = "F16", value_parser = mix)]
+    outtype: Mix,
+    /// Name of the pre-tokenizer (llama-bpe, qwen2, ...) [default: told from tokenizer.json]
+    #[arg(long, value_name = "NAME")]
+    pre: Option<String>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
+}
+
 /// Write a GGUF model in other types
 #[derive(Args)]
 struct QuantizeArgs {
@@ -116,6 +142,40 @@ struct ImatrixArgs {
     chunks: Option<u32>,
 }
 
+/// Cut a model into several files
+#[derive(Args)]
+struct SplitArgs {
+    /// The model
+    input: PathBuf,
+    /// The files are called PREFIX-00001-of-0000N.gguf
+    prefix: PathBuf,
+    /// Tensors of a file at most
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..), conflicts_with = "max_size")]
+    max_tensors: u32,
+    /// Bytes of a file's tensors at most: 300M, 4G
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    max_size: Option<u64>,
+}
+
+/// Join the files of a split model
+#[derive(Args)]
+struct MergeArgs {
+    /// The first file
+    input: PathBuf,
+    /// The file to write
+    out: PathBuf,
+}
+
+/// Check structure and extents, that all values are finite, and print checksums
+#[derive(Args)]
+struct VerifyArgs {
+    /// The model (the first file of a split one)
+    input: PathBuf,
+    /// Print the SHA-256 of every tensor's data
+    #[arg(long)]
+    sums: bool,
+}
+
 /// Write a model of random weights in the shape of a real one
 #[derive(Args)]
 struct SynthArgs {
@@ -136,6 +196,18 @@ struct SynthArgs {
 
 fn mix(name: &str) -> Result<Mix, String> {
     Mix::from_name(name).map_err(|e| e.to_string())
+}
+
+/// A number with `M` or `G` (powers of ten, as llama.cpp has it) behind it.
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.strip_suffix(['M', 'm']) {
+        Some(digits) => (digits, 1_000_000),
+        None => {
+            (text.strip_suffix(['G', 'g']).ok_or("expected a number with M or G behind it")?, 1_000_000_000)
+        }
+    };
+    let n = digits.parse::<u64>().ok().filter(|&n| n > 0).and_then(|n| n.checked_mul(unit));
+    n.ok_or_else(|| "expected a number with M or G behind it".to_owned())
 }
 
 fn ggml_type(name: &str) -> Result<GgmlType, String> {
@@ -166,6 +238,10 @@ pub fn main() -> ExitCode {
         let _ = rayon::ThreadPoolBuilder::new().num_threads(threads.into()).build_global();
     }
     let outcome = match &cli.command {
+        Command::Hf(args) => run_hf(args, cli.quiet),
+        Command::Split(args) => run_split(args, cli.quiet),
+        Command::Merge(args) => run_merge(args, cli.quiet),
+        Command::Verify(args) => run_verify(args, cli.quiet),
         Command::Quantize(args) => run_quantize(args, cli.quiet),
         Command::Imatrix(args) => run_imatrix(args, cli.threads, cli.quiet),
         Command::Synth(args) => run_synth(args, cli.quiet),
@@ -185,6 +261,50 @@ pub fn main() -> ExitCode {
             ExitCode::from(if usage { 2 } else { 1 })
         }
     }
+}
+
+fn run_hf(args: &HfArgs, quiet: bool) -> Result<String, ConvertError> {
+    let imatrix = args.recipe.imatrix()?;
+    let (recipe, pre) = (args.recipe.recipe(args.outtype), args.pre.as_deref());
+    let report =
+        hf::convert(&args.dir, &args.out, &HfOptions { recipe, imatrix: imatrix.as_ref(), pre, quiet })?;
+    Ok(types_report(&args.out, args.outtype, &report))
+}
+
+fn run_split(args: &SplitArgs, quiet: bool) -> Result<String, ConvertError> {
+    let cut = args.max_size.map_or(Cut::Tensors(args.max_tensors as usize), Cut::Bytes);
+    let paths = shards::split(&args.input, &args.prefix, cut, quiet)?;
+    Ok(paths.iter().map(|path| format!("{}\n", path.display())).collect())
+}
+
+fn run_merge(args: &MergeArgs, quiet: bool) -> Result<String, ConvertError> {
+    let files = shards::merge(&args.input, &args.out, quiet)?;
+    Ok(format!("{}: of {files} files\n", args.out.display()))
+}
+
+fn run_verify(args: &VerifyArgs, quiet: bool) -> Result<String, ConvertError> {
+    let report = verify::verify(&args.input, quiet)?;
+    let mut text = String::new();
+    if args.sums {
+        report.tensors.iter().for_each(|t| text += &format!("{}  {}\n", t.sha256, t.name));
+    }
+    for t in report.bad() {
+        let (row, column) = t.first.unwrap_or_default();
+        let (name, ty, n) = (&t.name, t.ty, t.not_finite);
+        text +=
+            &format!("{name} ({ty}): {n} values are NaN or infinite, first in row {row}, column {column}\n");
+    }
+    let (tensors, bad) = (report.tensors.len(), report.bad().count());
+    if bad > 0 {
+        let _ = io::stdout().lock().write_all(text.as_bytes());
+        return Err(ConvertError::NotFinite { path: args.input.clone(), found: bad, tensors });
+    }
+    let gigabytes = report.bytes as f64 / 1e9;
+    Ok(format!(
+        "{text}{}: ok, {tensors} tensors, {gigabytes:.2} GB, files {}\n",
+        args.input.display(),
+        report.files
+    ))
 }
 
 fn run_quantize(args: &QuantizeArgs, quiet: bool) -> Result<String, ConvertError> {
@@ -232,7 +352,13 @@ fn run_synth(args: &SynthArgs, quiet: bool) -> Result<String, ConvertError> {
         quiet,
     };
     let bytes = synth::synth(&options, &args.out)?;
-    Ok(format!("{}: {} {}, {}\n", args.out.display(), args.shape, args.mix.name(), amount(bytes, started.elapsed())))
+    Ok(format!(
+        "{}: {} {}, {}\n",
+        args.out.display(),
+        args.shape,
+        args.mix.name(),
+        amount(bytes, started.elapsed())
+    ))
 }
 
 /// `3.8 GB in 12.3 s, 311 MB/s`

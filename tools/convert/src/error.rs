@@ -26,9 +26,17 @@ pub enum ConvertError {
     UnknownMix { name: String, known: String },
     #[error("{shape:?}: {problem}")]
     Shape { shape: String, problem: String },
+    #[error("{}: {problem}", path.display())]
+    Checkpoint { path: PathBuf, problem: String },
+    #[error("the model would be split into {found} files (1 to 65535 are possible)")]
+    TooManyShards { found: usize },
+    #[error("{}: {found} of {tensors} tensors have values that are NaN or infinite", path.display())]
+    NotFinite { path: PathBuf, found: usize, tensors: usize },
     #[error("{}: not an importance matrix: {problem}", path.display())]
     NotAnImatrix { path: PathBuf, problem: String },
-    #[error("the importance matrix has {found} columns for tensor {tensor:?} (expected {expected}): it is of another model")]
+    #[error(
+        "the importance matrix has {found} columns for tensor {tensor:?} (expected {expected}): it is of another model"
+    )]
     ForeignImatrix { tensor: String, expected: usize, found: usize },
     #[error(transparent)]
     Session(#[from] skiff::session::SessionError),

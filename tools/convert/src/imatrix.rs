@@ -40,7 +40,8 @@ impl Imatrix {
     /// The file cannot be read or is no importance matrix.
     pub fn read(path: &Path) -> Result<Self, ConvertError> {
         let bytes = std::fs::read(path).map_err(ConvertError::io(path))?;
-        let read = if bytes.starts_with(b"GGUF") { Self::from_gguf(&bytes) } else { Self::from_legacy(&bytes) };
+        let read =
+            if bytes.starts_with(b"GGUF") { Self::from_gguf(&bytes) } else { Self::from_legacy(&bytes) };
         let mut imatrix =
             read.map_err(|problem| ConvertError::NotAnImatrix { path: path.to_owned(), problem })?;
         imatrix.path = path.to_owned();
@@ -138,9 +139,9 @@ impl Imatrix {
 }
 
 fn take<'a>(rest: &mut &'a [u8], n: usize) -> Result<&'a [u8], String> {
-    let (taken, left) = rest.split_at_checked(n).ok_or_else(|| {
-        format!("the file ends: {n} bytes needed, {} remain", rest.len())
-    })?;
+    let (taken, left) = rest
+        .split_at_checked(n)
+        .ok_or_else(|| format!("the file ends: {n} bytes needed, {} remain", rest.len()))?;
     *rest = left;
     Ok(taken)
 }
@@ -178,7 +179,8 @@ pub fn compute(options: &ComputeOptions<'_>, out: &Path) -> Result<(usize, usize
     let bytes = std::fs::read(options.text).map_err(ConvertError::io(options.text))?;
     let text = String::from_utf8_lossy(&bytes);
     let engine = Engine::load(options.model, options.threads, None)?;
-    let tokens = engine.tokenizer().encode(&text, EncodeOptions { add_special: true, parse_special: false })?;
+    let tokens =
+        engine.tokenizer().encode(&text, EncodeOptions { add_special: true, parse_special: false })?;
     let chunks = (tokens.len() / options.window).min(options.chunks.unwrap_or(usize::MAX));
     if chunks == 0 {
         let (path, tokens, window) = (options.text.to_owned(), tokens.len(), options.window);
@@ -189,8 +191,13 @@ pub fn compute(options: &ComputeOptions<'_>, out: &Path) -> Result<(usize, usize
     let first = plain.first().copied();
 
     let sums = Arc::new(Mutex::new(Sums::default()));
-    let mut state =
-        State::new(engine.model(), engine.team(), (options.window, options.window.min(512)), KvType::F16, Box::new(Never));
+    let mut state = State::new(
+        engine.model(),
+        engine.team(),
+        (options.window, options.window.min(512)),
+        KvType::F16,
+        Box::new(Never),
+    );
     state.set_observer(Some(Box::new(Collector(sums.clone()))));
     let progress = Progress::counting("imatrix", "tokens", (chunks * options.window) as u64, options.quiet);
     for window in tokens.chunks_exact(options.window).take(chunks) {

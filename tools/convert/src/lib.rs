@@ -9,18 +9,22 @@
 //! * [`encode`] turns the rows of a tensor into blocks on all cores, a few megabytes at a time: no command ever holds
 //!   a whole model.
 //! * [`output`] writes a GGUF file that has its name only when it is whole.
-//! * [`synth`] are commands on top; [`cli`] is the command line.
+//! * [`hf`], [`quantize`], [`imatrix`], [`shards`] (split and merge), [`verify`] and [`synth`] are the commands, [`cli`]
+//!   is the command line.
 #![forbid(unsafe_code)]
 
 pub mod cli;
 pub mod encode;
 mod error;
+pub mod hf;
 pub mod imatrix;
 pub mod output;
 pub mod progress;
 pub mod quantize;
 pub mod recipe;
+pub mod shards;
 pub mod source;
 pub mod synth;
+pub mod verify;
 
 pub use error::ConvertError;

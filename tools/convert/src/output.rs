@@ -58,7 +58,9 @@ impl GgufOutput {
         produce: impl FnOnce(&mut TensorSink<'_>) -> Result<(), ConvertError>,
     ) -> Result<(), ConvertError> {
         let mut failure = None;
-        let Some(writer) = &mut self.writer else { return Err(self.failure(WriteError::NoTensorLeft { count: 0 })) };
+        let Some(writer) = &mut self.writer else {
+            return Err(self.failure(WriteError::NoTensorLeft { count: 0 }));
+        };
         let n_bytes = writer.next_tensor().map_or(0, |t| t.n_bytes);
         let outcome = writer.write_tensor_with(|out| {
             produce(&mut TensorSink(out)).map_err(|error| {
@@ -90,7 +92,9 @@ impl GgufOutput {
     fn failure(&self, error: WriteError) -> ConvertError {
         let path = self.path.clone();
         match error {
-            WriteError::Io(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            WriteError::Io(e)
+                if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
+            {
                 ConvertError::DiskFull { path, written: self.written, needed: self.needed }
             }
             error => ConvertError::Write { path, error },

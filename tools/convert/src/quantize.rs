@@ -122,7 +122,8 @@ pub(crate) const QUANTIZATION_VERSION: u32 = 2;
 
 fn metadata(from: &Metadata, recipe: &Recipe, imatrix: Option<&Imatrix>) -> Result<Metadata, ConvertError> {
     let mut meta = Metadata::new();
-    let kept = |key: &str| !OWN_KEYS.contains(&key) && !OWN_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
+    let kept =
+        |key: &str| !OWN_KEYS.contains(&key) && !OWN_PREFIXES.iter().any(|prefix| key.starts_with(prefix));
     for (key, value) in from.iter().filter(|(key, _)| kept(key)) {
         meta.insert(key, value.clone())?;
     }

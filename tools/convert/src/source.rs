@@ -43,7 +43,10 @@ impl SharedFile {
         read.map_err(|error| match error.kind() {
             io::ErrorKind::UnexpectedEof => ConvertError::Io {
                 path: self.path.clone(),
-                error: io::Error::new(error.kind(), format!("it ended while {} bytes at {offset} were read", out.len())),
+                error: io::Error::new(
+                    error.kind(),
+                    format!("it ended while {} bytes at {offset} were read", out.len()),
+                ),
             },
             _ => ConvertError::io(&self.path)(error),
         })
@@ -55,6 +58,7 @@ pub struct Source {
     metadata: Metadata,
     tensors: Vec<SourceTensor>,
     paths: Vec<PathBuf>,
+    files: usize,
 }
 
 /// A tensor of a file.
@@ -86,7 +90,7 @@ impl Source {
             };
             tensors.push(SourceTensor { info: info.clone(), file });
         }
-        Ok(Self { metadata: weights.metadata().clone(), tensors, paths })
+        Ok(Self { metadata: weights.metadata().clone(), tensors, paths, files: weights.files() })
     }
 
     /// The metadata of the model.
@@ -104,6 +108,11 @@ impl Source {
         self.tensors.iter().find(|t| t.info.name == name)
     }
 
+    /// Number of files.
+    pub fn files(&self) -> usize {
+        self.files
+    }
+
     /// Bytes of all tensors.
     pub fn bytes(&self) -> u64 {
         self.tensors.iter().map(|t| t.info.n_bytes).sum()
@@ -114,7 +123,8 @@ impl Source {
     /// # Errors
     /// [`ConvertError::OutputIsInput`]
     pub fn check_output(&self, out: &Path) -> Result<(), ConvertError> {
-        let same = |path: &PathBuf| matches!((path.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b);
+        let same =
+            |path: &PathBuf| matches!((path.canonicalize(), out.canonicalize()), (Ok(a), Ok(b)) if a == b);
         match self.paths.iter().any(same) {
             true => Err(ConvertError::OutputIsInput { path: out.to_owned() }),
             false => Ok(()),

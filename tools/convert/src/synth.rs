@@ -11,10 +11,10 @@ use rayon::prelude::*;
 use skiff::gguf::{Builder, GgmlType, Gguf, Metadata, StringArray, Value};
 use skiff::quant;
 
+use crate::ConvertError;
 use crate::output::{GgufOutput, TensorSink};
 use crate::progress::Progress;
 use crate::recipe::{Mix, ModelShape, Recipe};
-use crate::ConvertError;
 
 /// Shapes of a LLaMA model.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -54,11 +54,12 @@ impl Shape {
         let names = || NAMED.map(|(name, _)| name).join(", ");
         let mut shape = NAMED[3].1;
         for part in text.split(',') {
-            let (key, value) = part.split_once('=').ok_or_else(|| {
-                wrong(format!("neither {} nor KEY=NUMBER,...", names()))
-            })?;
+            let (key, value) = part
+                .split_once('=')
+                .ok_or_else(|| wrong(format!("neither {} nor KEY=NUMBER,...", names())))?;
             let value = value.parse().ok().filter(|n| (1..=MAX_DIMENSION).contains(n));
-            let value = value.ok_or_else(|| wrong(format!("{key} is no number from 1 to {MAX_DIMENSION}")))?;
+            let value =
+                value.ok_or_else(|| wrong(format!("{key} is no number from 1 to {MAX_DIMENSION}")))?;
             *match key.trim() {
                 "layers" => &mut shape.layers,
                 "embedding" => &mut shape.embedding,
@@ -172,7 +173,8 @@ fn plan(builder: &mut Builder, shape: Shape, mix: Mix) -> Result<Vec<Planned>, C
     let heads_a_kv_head = shape.heads / shape.kv_heads;
     let model = ModelShape { layers: shape.layers, heads_a_kv_head, has_output: true };
     let mut plan = Vec::new();
-    let norm = |name: String| Planned { name, ty: GgmlType::F32, rows: 1, cols: shape.embedding, spread: None };
+    let norm =
+        |name: String| Planned { name, ty: GgmlType::F32, rows: 1, cols: shape.embedding, spread: None };
     for (name, rows, cols, gain) in shape.matrices() {
         let name = format!("{name}.weight");
         if name == "output.weight" {
