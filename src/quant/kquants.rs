@@ -159,11 +159,11 @@ impl<const G: usize> AffineBlock<G> {
         let mut best = Self::with(x, w, levels, &fits, (largest(|f| f.scale), largest(|f| f.min)));
         for _ in 0..ROUNDS {
             let refitted = Self::with(x, w, levels, &fits, best.least_squares(x, w, levels));
-            // Not `<`, which a NaN among the weights would pass.
-            if !(refitted.error < best.error) {
-                break;
+            if refitted.error < best.error {
+                best = refitted;
+            } else {
+                break; // with a NaN among the weights too
             }
-            best = refitted;
         }
         best
     }
@@ -275,10 +275,11 @@ impl<const G: usize> SymmetricBlock<G> {
         let mut best = Self::with(x, w, limit, &fits, signed_max(&fits) / -limit, level);
         for _ in 0..ROUNDS {
             let refitted = Self::with(x, w, limit, &fits, best.least_squares(x, w, level), level);
-            if !(refitted.error < best.error) {
-                break;
+            if refitted.error < best.error {
+                best = refitted;
+            } else {
+                break; // with a NaN among the weights too
             }
-            best = refitted;
         }
         best
     }
