@@ -100,7 +100,7 @@ impl Imatrix {
             all.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect()
         });
         let chunk_count = meta.opt_u32("imatrix.chunk_count").map_err(|e| e.to_string())?.unwrap_or(0);
-        Ok(Self { path: PathBuf::new(), means, datasets, chunk_count }.checked()?)
+        Self { path: PathBuf::new(), means, datasets, chunk_count }.checked()
     }
 
     /// The format before GGUF: counts, names and values one after the other.

@@ -236,3 +236,37 @@ pub fn fallback(ty: GgmlType, cols: u64) -> GgmlType {
     };
     [ty, other].into_iter().find(|&ty| fits(ty)).unwrap_or(F16)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_mix_has_a_name_that_leads_back() {
+        let all = GgmlType::all().map(Mix::Only).filter(|m| !matches!(m, Mix::Only(Q3_K | Q4_K | Q5_K)));
+        let mixes =
+            [Mix::Q2_K_S, Mix::Q3_K_S, Mix::Q3_K_M, Mix::Q3_K_L, Mix::Q4_K_S, Mix::Q4_K_M, Mix::Q5_K_S];
+        for mix in all.chain(mixes).chain([Mix::Q5_K_M]) {
+            assert_eq!(Mix::from_name(mix.name()).unwrap(), mix);
+        }
+        assert!(Mix::from_name("Q9_9").unwrap_err().to_string().contains("Q4_K_M"));
+    }
+
+    #[test]
+    fn rows_of_partial_blocks_fall_back() {
+        assert_eq!([Q2_K, Q4_K, Q5_K, Q6_K].map(|ty| fallback(ty, 576)), [IQ4_NL, Q5_0, Q5_1, Q8_0]);
+        assert_eq!((fallback(Q4_K, 512), fallback(Q4_0, 100)), (Q4_K, F16));
+    }
+
+    #[test]
+    fn a_tied_embedding_is_treated_as_the_output() {
+        let recipe = Recipe::new(Mix::Q4_K_M);
+        let model = |has_output| ModelShape { layers: 32, heads_a_kv_head: 1, has_output };
+        let ty = |has_output| recipe.type_of("token_embd.weight", &[4096, 32000], model(has_output));
+        assert_eq!((ty(true), ty(false)), (Some(Q4_K), Some(Q6_K)));
+        assert_eq!(recipe.type_of("blk.0.attn_norm.weight", &[4096], model(true)), None);
+        // The 70B rule.
+        let large = ModelShape { layers: 80, heads_a_kv_head: 8, has_output: true };
+        assert_eq!(recipe.type_of("blk.10.attn_v.weight", &[8192, 1024], large), Some(Q5_K));
+    }
+}

@@ -28,7 +28,7 @@ pub fn split(input: &Path, prefix: &Path, cut: Cut, quiet: bool) -> Result<Vec<P
     let source = Source::open(input)?;
     let groups = groups(source.tensors(), cut);
     let count = u16::try_from(groups.len()).ok().filter(|&n| n > 0);
-    let count = count.ok_or_else(|| ConvertError::TooManyShards { found: groups.len() })?;
+    let count = count.ok_or(ConvertError::TooManyShards { found: groups.len() })?;
     let name = prefix.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let name = ShardName { prefix: name, no: 0, count: count.into() };
     let progress = Progress::new("split", source.bytes(), quiet);

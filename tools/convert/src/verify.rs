@@ -119,6 +119,6 @@ impl Bad {
 fn not_finite_in(ty: GgmlType, bytes: &[u8]) -> Bad {
     let mut values = vec![0.0; bytes.len() / ty.block_bytes() * ty.block_len()];
     quant::dequantize_row(ty, bytes, &mut values);
-    let bad = |v: &f32| !v.is_finite();
-    Bad { count: values.iter().filter(|v| bad(v)).count() as u64, first: values.iter().position(|v| bad(v)) }
+    let count = values.iter().filter(|v| !v.is_finite()).count() as u64;
+    Bad { count, first: values.iter().position(|v| !v.is_finite()) }
 }

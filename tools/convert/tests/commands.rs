@@ -213,6 +213,44 @@ fn split_and_merge_give_the_same_file() {
     assert_eq!(found, total);
 }
 
+/// Every type in one file, read by the Python package `gguf`, which decodes the legacy types and K-quants too.
+#[test]
+fn the_python_package_reads_what_is_written() {
+    let python = std::env::var("SKIFF_PYTHON").unwrap_or_else(|_| "python3".into());
+    let python = |args: &[&str]| std::process::Command::new(&python).args(args).output();
+    if !python(&["-c", "import gguf"]).is_ok_and(|o| o.status.success()) {
+        return common::note_skip("Python with the package gguf (SKIFF_PYTHON sets another)");
+    }
+    let types = ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K"];
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("all.gguf");
+    let overrides: Vec<String> =
+        types.iter().enumerate().map(|(i, ty)| format!("blk.{i}.ffn_gate={ty}")).collect();
+    let more = [
+        ("ffn_up", "Q5_K"),
+        ("ffn_down", "Q6_K"),
+        ("attn_q", "IQ4_NL"),
+        ("attn_k", "IQ4_XS"),
+        ("attn_v", "BF16"),
+    ];
+    let more = more.map(|(name, ty)| format!("{name}={ty}"));
+    let mut args = vec!["quantize", arg(model()), arg(&out), "Q8_0"];
+    overrides.iter().chain(&more).for_each(|o| args.extend(["--tensor-type", o]));
+    ok(&args);
+    // Decoded there and here, and compared with the f16 weights: the error of the coarsest type is below 0.4.
+    let code = "import sys, gguf, numpy as np\n\
+        a, b = (gguf.GGUFReader(p) for p in sys.argv[1:3])\n\
+        assert len(a.tensors) == len(b.tensors)\n\
+        for s, t in zip(a.tensors, b.tensors):\n\
+        \x20   x, y = (gguf.quants.dequantize(v.data, v.tensor_type).astype(float) for v in (s, t))\n\
+        \x20   error = np.sqrt(((x - y) ** 2).mean() / (x ** 2).mean())\n\
+        \x20   assert s.name == t.name and error < 0.4, (s.name, t.tensor_type, error)\n\
+        print(len({t.tensor_type for t in b.tensors}))\n";
+    let output = python(&["-c", code, arg(model()), arg(&out)]).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "14"); // and F32
+}
+
 #[test]
 fn verify_finds_what_is_not_finite() {
     assert!(ok(&["verify", arg(model())]).contains(": ok, "));
