@@ -1,6 +1,6 @@
 //! The forward pass.
 
-use super::probe::{FfnRows, MatmulInput};
+use super::probe::{FfnRows, Matrices};
 use super::{Attention, FfnStep, Layer, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
@@ -106,7 +106,7 @@ impl Model {
         let qkv = &mut s.qkv[..n * qkv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
         if let Some(probe) = &mut state.probe {
-            probe.matmul(index, MatmulInput::Qkv, s.normed.values());
+            probe.matmul(index, Matrices::Qkv, &s.normed);
         }
         let stack = [w.q.matrix(), w.k.matrix(), w.v.matrix()];
         matmul(on, &stack, &s.normed, Epilogue::Bias(&w.qkv_bias), qkv, &mut s.matmul);
@@ -123,7 +123,7 @@ impl Model {
         attention(on, shape, (qkv, qkv_dim), keys, values, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
         if let Some(probe) = &mut state.probe {
-            probe.matmul(index, MatmulInput::AttentionOutput, s.attended.values());
+            probe.matmul(index, Matrices::AttentionOutput, &s.attended);
         }
         let output = [w.output.matrix()];
         if s.in_layer.len() == n {
@@ -193,8 +193,8 @@ impl Model {
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);
         if let Some(probe) = probe {
-            probe.matmul(index, MatmulInput::GateUp, s.normed.values());
-            probe.matmul(index, MatmulInput::Down, s.inner.values());
+            probe.matmul(index, Matrices::GateUp, &s.normed);
+            probe.matmul(index, Matrices::Down, &s.inner);
         }
         let down: [Matrix<'_>; 1] = [w.down.matrix()];
         if s.active.len() == n && !observed && probe.is_none() {

@@ -19,7 +19,7 @@ pub use config::{Architecture, Config, RopeConfig};
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
-pub use probe::{FfnRows, MatmulInput, Probe};
+pub use probe::{FfnRows, Matrices, Probe};
 pub use state::{FfnStep, State};
 
 use crate::gguf::Gguf;

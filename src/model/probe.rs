@@ -2,6 +2,8 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use crate::ops::Inputs;
+
 /// Shown what a forward pass computes, step by step; every method does nothing unless written anew.
 ///
 /// Rows are those of the step, `[rows, columns]`, before any rounding to 8 bits. A state takes its probe for good:
@@ -11,8 +13,8 @@ pub trait Probe: Send {
     /// `layers`.
     fn stream(&mut self, _layer: usize, _x: &[f32]) {}
 
-    /// What the matrices named by `input` are multiplied with.
-    fn matmul(&mut self, _layer: usize, _input: MatmulInput, _x: &[f32]) {}
+    /// What `matrices` are multiplied with, `[rows, columns]`.
+    fn matmul(&mut self, _layer: usize, _matrices: Matrices, _x: &Inputs) {}
 
     /// Whether [`FfnRows::gate_up`] is wanted: it costs another product with both matrices.
     fn wants_gate_up(&self) -> bool {
@@ -24,13 +26,28 @@ pub trait Probe: Send {
 }
 
 /// Matrices of a layer that share their input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(missing_docs)]
-pub enum MatmulInput {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Matrices {
+    /// Queries, keys and values.
     Qkv,
+    /// The attention's output.
     AttentionOutput,
+    /// Gate and up of the FFN.
     GateUp,
+    /// Down of the FFN.
     Down,
+}
+
+impl Matrices {
+    /// Names of the tensors, behind `blk.N.`.
+    pub fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::Qkv => &["attn_q.weight", "attn_k.weight", "attn_v.weight"],
+            Self::AttentionOutput => &["attn_output.weight"],
+            Self::GateUp => &["ffn_gate.weight", "ffn_up.weight"],
+            Self::Down => &["ffn_down.weight"],
+        }
+    }
 }
 
 /// The values of an FFN; `n` is the step's tokens, `r` those of them whose FFN ran.
@@ -53,8 +70,8 @@ impl<P: Probe> Probe for Arc<Mutex<P>> {
     fn stream(&mut self, layer: usize, x: &[f32]) {
         self.lock().unwrap_or_else(PoisonError::into_inner).stream(layer, x);
     }
-    fn matmul(&mut self, layer: usize, input: MatmulInput, x: &[f32]) {
-        self.lock().unwrap_or_else(PoisonError::into_inner).matmul(layer, input, x);
+    fn matmul(&mut self, layer: usize, matrices: Matrices, x: &Inputs) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).matmul(layer, matrices, x);
     }
     fn wants_gate_up(&self) -> bool {
         self.lock().unwrap_or_else(PoisonError::into_inner).wants_gate_up()

@@ -68,6 +68,11 @@ impl Inputs {
         self.rows
     }
 
+    /// Columns of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
     /// The unquantised rows.
     pub fn values(&self) -> &[f32] {
         &self.f32[..self.rows * self.cols]

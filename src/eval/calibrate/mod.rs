@@ -421,7 +421,8 @@ mod tests {
 
     #[test]
     fn guesses_skip_as_often_as_asked() {
-        let cosines = |seed: usize| (0..400).map(move |t| ((t * 7919 + seed * 104_729) % 1000) as f32 / 1000.0);
+        let cosines =
+            |seed: usize| (0..400).map(move |t| ((t * 7919 + seed * 104_729) % 1000) as f32 / 1000.0);
         let layers: Vec<LayerSums> =
             (0..20).map(|l| LayerSums { cosines: cosines(l).collect(), ..LayerSums::default() }).collect();
         let threshold = guess_threshold(&layers, (2, 18), 0.2);

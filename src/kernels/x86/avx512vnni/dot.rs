@@ -262,9 +262,9 @@ fn step_iq4_xs(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn step8<const MIN: bool>(w: &Super, a: &Acts8, spread: &[[i32; 16]; 4], mut acc: __m512) -> __m512 {
     let scale = _mm512_mul_ps(w.scale, a.scale);
-    for i in 0..4 {
+    for (i, spread) in spread.iter().enumerate() {
         let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(&spread[i]), scale), acc);
+        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(spread), scale), acc);
     }
     if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
 }
