@@ -79,7 +79,7 @@ impl Probe for Gatherer {
             let (normed, inner) = (&rows.normed[i * d..][..d], &rows.inner[i * ffn..][..ffn]);
             let (gate, up) = rows.gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
             sums.moments(gate, up);
-            if sums.tokens % self.every == 0 {
+            if sums.tokens.is_multiple_of(self.every) {
                 sums.normed_samples.extend_from_slice(normed);
                 sums.inner_samples.extend_from_slice(inner);
             }
