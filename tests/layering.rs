@@ -17,7 +17,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("threads", &[]),
     ("machine", &["threads"]),
     ("ops", &["kernels", "threads", "quant", "gguf"]),
-    ("skip", &["gguf"]),
+    ("skip", &["gguf", "quant"]),
     ("model", &["weights", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
     ("tokenizer", &["gguf"]),
     ("sampler", &["tokenizer"]),

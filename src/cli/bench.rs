@@ -13,6 +13,7 @@ use super::{Failure, Outcome, put};
 use crate::eval::bench::{BenchOptions, Report, Rival, Run, Sweep, Test};
 use crate::kernels::Kernels;
 use crate::model::{Model, ModelError};
+use crate::ops::Compute;
 use crate::threads::{Team, default_threads};
 
 const EXAMPLES: &str = "\
@@ -85,12 +86,14 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
         return Err(Failure::Usage("-p 0 -n 0: nothing to measure".into()));
     }
     let kernels = Kernels::select(args.kernel.as_deref())?;
-    let model = Model::load(&args.model.resolve()?)?;
+    let mut model = Model::load(&args.model.resolve()?)?;
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
     check_cache(model.config(), "a test of so many tokens:", longest)?;
-    let options =
-        BenchOptions { batch: args.batch, kv: args.kv.into(), skip: args.skip.options(model.config())? };
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
+    let team = Team::new(threads[0]).map_err(ModelError::from)?;
+    let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;
+    drop(team);
+    let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip };
 
     let listener = Listener::new();
     let template = "bench {wide_bar} {pos}/{len} repetitions, {eta} left, {msg}";

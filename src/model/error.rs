@@ -1,7 +1,7 @@
 //! Why a model cannot be run.
 
 use crate::kernels::KernelError;
-use crate::skip::SkipError;
+use crate::skip::{CalibrationError, SkipError};
 use crate::weights::WeightsError;
 
 /// Errors of loading a model or running a step.
@@ -16,6 +16,8 @@ pub enum ModelError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Skip(#[from] SkipError),
+    #[error("{name}: {error}")]
+    Calibration { name: String, error: CalibrationError },
     #[error("architecture {found:?} is not supported; skiff runs {known}")]
     Architecture { found: String, known: &'static str },
     #[error("key {key:?} is {found}, expected {expected}")]

@@ -1,7 +1,9 @@
 //! What a sequence has of its own: cache, position, skipping state; and the buffers of a step.
 
+use std::ops::Range;
+
 use super::cut::CutScratch;
-use super::{KvCache, KvType, Model, ModelError};
+use super::{KvCache, KvType, Model, ModelError, Probe};
 use crate::kernels::Kernels;
 use crate::ops::attention::AttentionScratch;
 use crate::ops::{Compute, Inputs, MatmulScratch, RopeTable};
@@ -18,8 +20,12 @@ pub struct State {
     pub(super) stats: SkipStats,
     /// Whether cosines are measured even if the policy does not ask.
     pub(super) measure: bool,
+    /// Looks on.
+    pub(super) probe: Option<Box<dyn Probe>>,
     /// Row of the last token in the buffers of the last step.
     pub(super) last_row: Option<usize>,
+    /// Positions of the last step's tokens; empty once the cache has changed otherwise.
+    pub(super) last_step: Range<usize>,
 }
 
 /// Which tokens of a step the skip policy governs.
@@ -57,6 +63,8 @@ pub(super) struct Scratch {
     pub logits: Vec<f32>,
     /// `0..n`
     pub all_rows: Vec<usize>,
+    /// Rows that run the current layer at all.
+    pub in_layer: Vec<usize>,
     /// Rows whose FFN runs in full.
     pub active: Vec<usize>,
     /// Rows whose FFN runs with a cut.
@@ -89,7 +97,9 @@ impl State {
             policy,
             stats: SkipStats::new(config.layers),
             measure: false,
+            probe: None,
             last_row: None,
+            last_step: 0..0,
         }
     }
 
@@ -128,10 +138,15 @@ impl State {
         self.measure = measure;
     }
 
-    /// Replaces the policy.
-    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) {
-        self.policy = policy;
+    /// Shows `probe` what the following steps compute, or nobody.
+    pub fn set_probe(&mut self, probe: Option<Box<dyn Probe>>) {
+        self.probe = probe;
+    }
+
+    /// Replaces the policy, and returns the one before.
+    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) -> Box<dyn SkipPolicy> {
         self.scratch.policies.clear();
+        std::mem::replace(&mut self.policy, policy)
     }
 
     /// Name of the policy.
@@ -144,10 +159,22 @@ impl State {
         if position < self.position {
             self.position = position;
             self.last_row = None;
+            self.last_step = 0..0;
         }
         if self.position == 0 {
             self.policy.reset();
         }
+    }
+
+    /// Makes the first `rows` tokens of the last step the last ones: of the others nothing remains, but as
+    /// long as no other step follows, this may be called again with more rows.
+    ///
+    /// # Panics
+    /// If the last step had fewer tokens, or none.
+    pub fn keep_rows(&mut self, rows: usize) {
+        assert!(1 <= rows && rows <= self.last_step.len(), "{rows} rows of a step of {:?}", self.last_step);
+        self.position = self.last_step.start + rows;
+        self.last_row = Some(rows - 1);
     }
 
     /// Drops positions `keep..keep + drop` and moves the later ones down, their keys turned back to
@@ -186,6 +213,7 @@ impl State {
             }
         }
         self.position = end - drop;
+        self.last_step = 0..0;
         Ok(())
     }
 
@@ -219,6 +247,7 @@ impl Scratch {
             last: Inputs::with_refined_capacity(1, d),
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
+            in_layer: Vec::with_capacity(batch),
             active: Vec::with_capacity(batch),
             cut_rows: Vec::with_capacity(batch),
             cuts: Vec::with_capacity(batch),

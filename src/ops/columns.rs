@@ -185,7 +185,7 @@ fn add_parts(
                 if !both.is_empty() {
                     let from = (chunk * rows + t) * CHUNK_FLOATS + both.start - start;
                     let out = &mut out[both.start - first..both.end - first];
-                    on.kernels.add_scaled(out, 1.0, &sums[from..][..both.len()]);
+                    on.kernels.add_weighted(out, &[1.0], &sums[from..][..both.len()]);
                 }
                 chunk += 1;
             }

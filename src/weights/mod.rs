@@ -14,10 +14,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use sha2::{Digest, Sha256};
 
 use crate::gguf::{GgmlType, Gguf, Metadata, ShardSet, TensorInfo};
 use crate::quant::Matrix;
 pub use error::WeightsError;
+
+/// Places of a file's data that its fingerprint covers, evenly spread, and bytes at each: a page.
+const SAMPLES: usize = 256;
+const SAMPLE_BYTES: usize = 4096;
 
 /// The files of a model.
 pub struct Weights {
@@ -73,6 +78,11 @@ impl Weights {
         &self.shards[0].gguf
     }
 
+    /// Bytes of the first file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.shards[0].map
+    }
+
     /// Path of the first file.
     pub fn path(&self) -> &Path {
         &self.shards[0].path
@@ -81,6 +91,11 @@ impl Weights {
     /// Every tensor of every file, in file order.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.shards.iter().flat_map(|s| &s.gguf.tensors)
+    }
+
+    /// Every tensor with the path of the file that holds it, in file order.
+    pub fn located_tensors(&self) -> impl Iterator<Item = (&Path, &TensorInfo)> {
+        self.shards.iter().flat_map(|s| s.gguf.tensors.iter().map(|t| (s.path.as_path(), t)))
     }
 
     /// Bytes of all files.
@@ -96,6 +111,22 @@ impl Weights {
             #[cfg(unix)]
             let _ = shard.map.advise(memmap2::Advice::WillNeed);
         }
+    }
+
+    /// A name for exactly these weights: SHA-256, in hexadecimal, of every header and of samples of the data
+    /// behind it, so that it takes milliseconds whatever the size.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for shard in &self.shards {
+            let (header, data) = shard.map.split_at(shard.map.len().min(shard.gguf.data_start as usize));
+            hash.update((shard.map.len() as u64).to_le_bytes());
+            hash.update(header);
+            let step = data.len().div_ceil(SAMPLES).max(SAMPLE_BYTES);
+            for sample in data.chunks(step) {
+                hash.update(&sample[..sample.len().min(SAMPLE_BYTES)]);
+            }
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Number of files.
