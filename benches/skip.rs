@@ -138,7 +138,13 @@ struct Variant {
 }
 
 impl Variant {
-    fn new(model: &Model, on: Compute<'_>, tokens: &[u32], name: String, policy: Box<dyn SkipPolicy>) -> Self {
+    fn new(
+        model: &Model,
+        on: Compute<'_>,
+        tokens: &[u32],
+        name: String,
+        policy: Box<dyn SkipPolicy>,
+    ) -> Self {
         let mut state = state(model, on, TOKENS + 1, policy);
         prompt(model, on, &mut state, &tokens[..1]);
         Self { name, state }
@@ -198,7 +204,8 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     check(model, on, &tokens, &magnitudes);
 
     let variant = |name: String, policy| Variant::new(model, on, &tokens, name, policy);
-    let mut all = vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
+    let mut all =
+        vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
     all.extend(PERCENT.map(|percent| variant(format!("{percent} % of blocks skipped"), forced(percent))));
     all.extend(CUTS.map(|s| variant(format!("{:.0} % to be cut", 100.0 * s), magnitudes.cut(layers, s))));
     let mut group = common::group(criterion, name);
@@ -209,6 +216,9 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
         });
     }
     group.finish();
+    if std::env::args().any(|arg| arg.starts_with("--profile-time")) {
+        return;
+    }
     compare(name, model, on, &tokens, &mut all);
 }
 
@@ -224,7 +234,9 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants:
     }
     times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
     let all = model.decode_bytes() as f64;
-    println!("{name}: best and median of {ROUNDS} turns of {TOKENS} tokens; time saved: of what the bytes would save");
+    println!(
+        "{name}: best and median of {ROUNDS} turns of {TOKENS} tokens; time saved: of what the bytes would save"
+    );
     println!("                           unread  tokens/s  median  gain   (median)  ideal  time saved");
     for (variant, sorted) in variants.iter().zip(&times) {
         let (share, best, median) = (variant.share(model), sorted[0], sorted[ROUNDS / 2]);

@@ -55,7 +55,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
-    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32], &mut [f32]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32]),
     float: &'static float::Functions,
 }
 
