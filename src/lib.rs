@@ -44,6 +44,8 @@
 //! # }
 //! ```
 
+pub mod memory;
+
 pub mod gguf;
 pub mod quant;
 pub mod weights;

@@ -10,15 +10,17 @@ const ALL: &[&str] = &["*"];
 
 /// Every top-level module and the ones that it may use. The order is that of the data's way.
 const ARROWS: &[(&str, &[&str])] = &[
+    ("memory", &[]),
+    ("topology", &[]),
     ("gguf", &[]),
     ("quant", &["gguf"]),
-    ("weights", &["gguf", "quant"]),
+    ("weights", &["gguf", "quant", "memory", "topology"]),
     ("kernels", &["gguf", "quant"]),
-    ("threads", &[]),
-    ("machine", &["threads"]),
-    ("ops", &["kernels", "threads", "quant", "gguf"]),
+    ("threads", &["topology"]),
+    ("machine", &["threads", "topology", "kernels", "memory"]),
+    ("ops", &["kernels", "threads", "quant", "gguf", "memory"]),
     ("skip", &["gguf"]),
-    ("model", &["weights", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
+    ("model", &["weights", "memory", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
     ("tokenizer", &["gguf"]),
     ("sampler", &["tokenizer"]),
     ("chat", &["gguf", "tokenizer"]),

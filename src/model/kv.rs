@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use super::Config;
 use crate::gguf::GgmlType;
 use crate::kernels::Kernels;
+use crate::memory::Pages;
 use crate::ops::attention::CacheTile;
 use crate::quant;
 
@@ -38,8 +39,8 @@ pub(super) struct Store {
 }
 
 enum Data {
-    F16(Vec<u16>),
-    Q8(Vec<u8>),
+    F16(Pages<u16>),
+    Q8(Pages<u8>),
 }
 
 impl KvCache {
@@ -86,8 +87,8 @@ impl Store {
     fn new(kv_heads: usize, context: usize, head_dim: usize, kind: KvType) -> Self {
         let numbers = kv_heads * context * head_dim;
         let data = match kind {
-            KvType::F16 => Data::F16(vec![0; numbers]),
-            KvType::Q8_0 => Data::Q8(vec![0; GgmlType::Q8_0.row_bytes(numbers)]),
+            KvType::F16 => Data::F16(Pages::zeroed(numbers)),
+            KvType::Q8_0 => Data::Q8(Pages::zeroed(GgmlType::Q8_0.row_bytes(numbers))),
         };
         Self { context, head_dim, data }
     }

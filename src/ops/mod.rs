@@ -13,6 +13,7 @@ pub use norm::{add_rows, rms_norm};
 pub use rope::{RopeStyle, RopeTable};
 
 use crate::kernels::{Activations, Kernels};
+use crate::memory::Pages;
 use crate::threads::Team;
 
 /// What every operation needs: who does the work, and with which instructions.
@@ -31,7 +32,7 @@ const REFINE_COLS: usize = 1024;
 pub struct Inputs {
     rows: usize,
     cols: usize,
-    f32: Vec<f32>,
+    f32: Pages<f32>,
     q8: Activations,
     /// What `q8` leaves over, quantised in turn; in use if `two_terms`.
     residual: Activations,
@@ -56,9 +57,7 @@ impl Inputs {
     /// Makes this `rows x cols`; the contents are to be written anew.
     pub fn reshape(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols, self.two_terms) = (rows, cols, false);
-        if self.f32.len() < rows * cols {
-            self.f32.resize(rows * cols, 0.0);
-        }
+        self.f32.reserve(rows * cols);
         self.q8.reshape(rows, cols);
     }
 
