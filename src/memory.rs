@@ -74,21 +74,25 @@ impl<T: Pod> Pages<T> {
     }
 
     /// Keeps the buffer in memory (`mlock`), which also takes all of it from the system now.
+    #[cfg(unix)]
     pub fn lock(&mut self) -> io::Result<()> {
-        let store = std::mem::replace(&mut self.store, Store::Small(Vec::new()));
-        self.store = match store {
-            // A small buffer shares its pages with others; a map of its own does not.
-            Store::Small(small) => {
-                let mut map = MmapMut::map_anon(size_of_val(&small[..]).max(1))?;
-                map[..size_of_val(&small[..])].copy_from_slice(bytemuck::cast_slice(&small));
-                Store::Large { map, start: 0, len: small.len() }
-            }
-            large => large,
-        };
+        if let Store::Small(small) = &self.store {
+            // Its pages hold other small buffers too; those of a map of its own do not.
+            let bytes = bytemuck::cast_slice(small);
+            let mut map = MmapMut::map_anon(bytes.len().max(1))?;
+            map[..bytes.len()].copy_from_slice(bytes);
+            self.store = Store::Large { map, start: 0, len: small.len() };
+        }
         match &self.store {
             Store::Large { map, .. } => map.lock(),
             Store::Small(_) => Ok(()),
         }
+    }
+
+    /// Keeps the buffer in memory, where the system can do that.
+    #[cfg(not(unix))]
+    pub fn lock(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
     }
 }
 

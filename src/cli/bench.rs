@@ -6,7 +6,9 @@ use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value as Json};
 
-use super::args::{KvArg, MAX_CONTEXT, ModelArgs, SkipArgs, check_cache, in_range, kernel_names};
+use super::args::{
+    CpuArgs, KvArg, LoadArgs, LoadBar, MAX_CONTEXT, ModelArgs, SkipArgs, check_cache, in_range, kernel_names,
+};
 use super::generate::progress_bar;
 use super::interrupt::Listener;
 use super::{Failure, Outcome, put};
@@ -51,6 +53,10 @@ pub(super) struct BenchArgs {
     /// Numbers of threads, with commas [default: the physical cores that this process may use]
     #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = in_range(1, 1024))]
     threads: Vec<usize>,
+    #[command(flatten)]
+    cpus: CpuArgs,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
     #[arg(long, value_name = "NAME", value_parser = kernel_names())]
     kernel: Option<String>,
@@ -85,7 +91,11 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
         return Err(Failure::Usage("-p 0 -n 0: nothing to measure".into()));
     }
     let kernels = Kernels::select(args.kernel.as_deref())?;
-    let model = Model::load(&args.model.resolve()?)?;
+    let path = args.model.resolve()?;
+    args.cpus.keep()?;
+    let loading = LoadBar::default();
+    let model = Model::load_with(&path, args.load.options(), &|done, total| loading.tell(done, total))?;
+    loading.finish();
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
     check_cache(model.config(), "a test of so many tokens:", longest)?;
     let options =
@@ -98,7 +108,10 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let bench = Bench { args, model: &model, kernels, options, sweep: Sweep::new(), listener, bar };
     let mut reports = Vec::new();
     for threads in threads {
-        let team = Team::new(threads).map_err(ModelError::from)?;
+        let team = match args.cpus.cpu_strict {
+            true => Team::pinned(threads)?,
+            false => Team::new(threads).map_err(ModelError::from)?,
+        };
         for &test in &tests {
             if !bench.listener.raised() {
                 reports.extend(bench.test(&team, test)?);

@@ -180,6 +180,7 @@ pub(super) struct Statistics {
     skipped_by_layer: Option<Vec<f64>>,
     kernel: &'static str,
     threads: usize,
+    threads_batch: usize,
     context: usize,
     context_used: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -207,7 +208,8 @@ impl Statistics {
             skipped_by_layer: by_layer.then(|| session.skip_stats().share_by_layer()),
             skip: session.state_mut().policy_name(),
             kernel: session.engine().kernels().name(),
-            threads: session.engine().team().threads(),
+            threads: session.engine().threads().0,
+            threads_batch: session.engine().threads().1,
             context: session.context(),
             context_used: session.tokens().len(),
             seed,
@@ -236,7 +238,13 @@ impl Statistics {
         ));
         note(&format!(
             "ran on     kernel {}, threads {}, context {} of {}",
-            self.kernel, self.threads, self.context_used, self.context
+            self.kernel,
+            match self.threads_batch == self.threads {
+                true => self.threads.to_string(),
+                false => format!("{} ({} for prompts)", self.threads, self.threads_batch),
+            },
+            self.context_used,
+            self.context
         ));
         if let Some(shares) = &self.skipped_by_layer {
             print_shares(shares);

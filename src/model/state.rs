@@ -107,6 +107,11 @@ impl State {
         &self.kv
     }
 
+    /// Keeps the cache in memory (`--mlock`).
+    pub fn lock(&mut self) -> Result<(), ModelError> {
+        self.kv.lock()
+    }
+
     /// What was skipped since the last [`clear_stats`](Self::clear_stats).
     pub fn stats(&self) -> &SkipStats {
         &self.stats

@@ -111,7 +111,7 @@ impl Report {
             type_k: kv,
             type_v: kv,
             n_gpu_layers: 0,
-            use_mmap: true,
+            use_mmap: model.weights().is_mapped(),
             embeddings: false,
             n_prompt: run.test.prompt,
             n_gen: run.test.generate,
