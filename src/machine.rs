@@ -11,6 +11,7 @@ use std::time::Instant;
 use serde::Serialize;
 
 pub use crate::topology::Memory;
+use crate::kernels::Kernels;
 use crate::threads::{self, Team};
 use crate::topology::{CoreKind, Topology};
 
@@ -133,6 +134,28 @@ pub fn read_sweep(team: &Team, buffer: &[u64], passes: usize) -> f64 {
     (0..passes).map(pass).fold(0.0, f64::max)
 }
 
+/// Rounds of a burst: some microseconds.
+const BURST: usize = 4096;
+/// Bursts that a thread claims at a time.
+const BURSTS: usize = 16;
+
+/// 8-bit integer operations a second that the team reaches with the kernels' instruction when nothing has to be
+/// loaded: the best of `passes`. `None` for kernels whose peak is not measured.
+pub fn int8_peak(team: &Team, kernels: Kernels, passes: usize) -> Option<f64> {
+    let mut best: Option<f64> = None;
+    for _ in 0..passes {
+        let total = AtomicU64::new(0);
+        let started = Instant::now();
+        team.run(8 * team.threads(), |_, _| {
+            let bursts = (0..BURSTS).filter_map(|_| kernels.int8_burst(BURST));
+            total.fetch_add(bursts.sum(), Ordering::Relaxed);
+        });
+        let speed = total.into_inner() as f64 / started.elapsed().as_secs_f64();
+        best = best.into_iter().chain((speed > 0.0).then_some(speed)).reduce(f64::max);
+    }
+    best
+}
+
 /// 64 independent sums keep enough loads in flight whatever the width of a vector.
 fn sum(words: &[u64]) -> u64 {
     let (blocks, rest) = words.as_chunks::<64>();
@@ -156,6 +179,15 @@ mod tests {
         assert_eq!(field("flags\t\t: avx avx2\nflags : x", "flags"), Some("avx avx2"));
         assert_eq!(field("model name: a:b", "model name"), Some("a:b"));
         assert_eq!(field("model: a", "model name"), None);
+    }
+
+    #[test]
+    fn a_peak_is_measured_where_it_is_known() {
+        let team = Team::new(2).unwrap();
+        for kernels in Kernels::available() {
+            assert_eq!(int8_peak(&team, kernels, 1).is_some(), kernels.int8_burst(1).is_some(), "{kernels:?}");
+            assert_eq!(int8_peak(&team, kernels, 0), None);
+        }
     }
 
     #[test]

@@ -73,12 +73,13 @@ impl Engine {
         let kernels = Kernels::select(options.kernel.as_deref()).map_err(ModelError::from)?;
         let threads = options.threads.unwrap_or_else(crate::threads::default_threads);
         let most = threads.max(options.threads_batch.unwrap_or(0));
+        let options = EngineOptions { threads: Some(threads), ..options };
+        let model = Model::load_with(path, options.load, progress)?;
+        // After loading, whose threads would inherit the place of this one.
         let team = match options.pinned {
             true => Team::pinned(most)?,
             false => Team::new(most).map_err(ModelError::from)?,
         };
-        let options = EngineOptions { threads: Some(threads), ..options };
-        let model = Model::load_with(path, options.load, progress)?;
         let tokenizer = Tokenizer::from_gguf(model.weights().metadata())?;
         // Some embeddings are padded with rows that no token has; the other way round is an error.
         if tokenizer.vocab_size() > model.config().vocab {

@@ -81,6 +81,8 @@ pub struct Team {
     shared: Arc<Shared>,
     threads: usize,
     busy: AtomicBool,
+    /// Where the leader may run when the team is gone.
+    unpinned: Option<CpuSet>,
     _pool: Option<rayon::ThreadPool>,
 }
 
@@ -96,10 +98,12 @@ impl Team {
     /// # Errors
     /// The calling thread cannot be kept there.
     pub fn pinned(threads: usize) -> Result<Self, PinError> {
-        let places = Topology::detect().places(threads);
+        let topology = Topology::detect();
+        let places = topology.places(threads);
         let leader = CpuSet::from_iter(places.iter().take(1).copied());
-        let team = Self::start(threads, Some(places))?;
+        let mut team = Self::start(threads, Some(places))?;
         keep_on(&leader)?;
+        team.unpinned = Some(topology.allowed);
         Ok(team)
     }
 
@@ -136,7 +140,7 @@ impl Team {
                 Some(pool)
             }
         };
-        Ok(Self { shared, threads, busy: AtomicBool::new(false), _pool: pool })
+        Ok(Self { shared, threads, busy: AtomicBool::new(false), unpinned: None, _pool: pool })
     }
 
     /// Number of threads, the leader included, those that [`use_threads`](Self::use_threads) put to sleep too.
@@ -253,6 +257,10 @@ fn bounded_step(n: usize, step: usize) -> usize {
 
 impl Drop for Team {
     fn drop(&mut self) {
+        if let Some(cpus) = &self.unpinned {
+            // Should that fail, this thread stays on one CPU, which is slow but right.
+            let _ = affinity::set(cpus);
+        }
         self.shared.quit.store(true, Ordering::SeqCst);
         let _bed = self.shared.bed.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.wake.notify_all();
@@ -492,8 +500,9 @@ mod tests {
     fn pinned_threads_stay_on_one_cpu_each() {
         let allowed = Topology::detect().allowed;
         let places = Topology::detect().places(3);
+        let everywhere = allowed.clone();
         // In a thread of its own: pinning stays with the leader.
-        let seen = std::thread::spawn(|| {
+        let seen = std::thread::spawn(move || {
             let team = Team::pinned(3).unwrap();
             let all_here = std::sync::Barrier::new(3);
             let seen = Mutex::new(vec![CpuSet::default(); 3]);
@@ -501,6 +510,8 @@ mod tests {
                 all_here.wait();
                 seen.lock().unwrap()[worker] = Topology::detect().allowed;
             });
+            drop(team);
+            assert_eq!(Topology::detect().allowed, everywhere, "the leader is free again");
             seen.into_inner().unwrap()
         });
         let want: Vec<CpuSet> = places.iter().map(|&cpu| CpuSet::from_iter([cpu])).collect();

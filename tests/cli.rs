@@ -168,7 +168,9 @@ fn info_describes_the_machine_and_a_file_that_cannot_run() {
     let kernels = info["kernels"].as_array().unwrap();
     assert_eq!(kernels.iter().filter(|k| k["state"] == "chosen").count(), 1, "{info}");
     assert!(kernels.iter().any(|k| k["kernel"] == "scalar" && k["available"] == true));
-    assert!(info["machine"]["allowed_threads"].as_u64() >= Some(1));
+    let machine = &info["machine"];
+    assert!(machine["physical_cores"].as_u64() >= Some(1) && machine["allowed_cpus"].is_string(), "{info}");
+    assert!(machine["core_kinds"][0]["cores"].as_u64() >= Some(1), "{info}");
 
     let dir = tempfile::tempdir().unwrap();
     let path = vocabulary(dir.path());
