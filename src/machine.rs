@@ -10,9 +10,9 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-pub use crate::topology::Memory;
 use crate::kernels::Kernels;
 use crate::threads::{self, Team};
+pub use crate::topology::Memory;
 use crate::topology::{CoreKind, Topology};
 
 /// What the system tells about the machine. What it does not tell is `None`.
@@ -185,7 +185,11 @@ mod tests {
     fn a_peak_is_measured_where_it_is_known() {
         let team = Team::new(2).unwrap();
         for kernels in Kernels::available() {
-            assert_eq!(int8_peak(&team, kernels, 1).is_some(), kernels.int8_burst(1).is_some(), "{kernels:?}");
+            assert_eq!(
+                int8_peak(&team, kernels, 1).is_some(),
+                kernels.int8_burst(1).is_some(),
+                "{kernels:?}"
+            );
             assert_eq!(int8_peak(&team, kernels, 0), None);
         }
     }

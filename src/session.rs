@@ -199,8 +199,7 @@ impl<'e> Session<'e> {
         let config = engine.model.config();
         let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
         let policy = options.skip.policy(config.layers).map_err(ModelError::from)?;
-        let mut state =
-            State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
+        let mut state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
         if engine.options.load.mlock {
             state.lock()?;
         }

@@ -204,8 +204,9 @@ impl Topology {
     /// first, then their siblings, round and round.
     pub fn places(&self, threads: usize) -> Vec<usize> {
         let siblings = self.cores.iter().map(CpuSet::len).max().unwrap_or(0);
-        let mut order: Vec<usize> =
-            (0..siblings).flat_map(|i| self.cores.iter().filter_map(move |core| core.iter().nth(i))).collect();
+        let mut order: Vec<usize> = (0..siblings)
+            .flat_map(|i| self.cores.iter().filter_map(move |core| core.iter().nth(i)))
+            .collect();
         if order.is_empty() {
             order = self.allowed.iter().collect();
         }
@@ -420,7 +421,11 @@ mod tests {
         let fake = Fake::new("0-5", "0-5");
         for cpu in 0..6 {
             // CPUs 0 to 3 are slow; 4 and 5 are the siblings of a fast core.
-            fake.cpu(cpu, "topology/thread_siblings_list", if cpu < 4 { ["0", "1", "2", "3"][cpu] } else { "4-5" });
+            fake.cpu(
+                cpu,
+                "topology/thread_siblings_list",
+                if cpu < 4 { ["0", "1", "2", "3"][cpu] } else { "4-5" },
+            );
             fake.cpu(cpu, "cpu_capacity", if cpu < 4 { "512\n" } else { "1024\n" });
         }
         let topology = fake.read();

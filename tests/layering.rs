@@ -24,7 +24,10 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("tokenizer", &["gguf"]),
     ("sampler", &["tokenizer"]),
     ("chat", &["gguf", "tokenizer"]),
-    ("session", &["model", "weights", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"]),
+    (
+        "session",
+        &["model", "weights", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"],
+    ),
     ("eval", &["session", "model", "ops", "weights", "kernels", "machine", "tokenizer", "skip", "threads"]),
     ("pull", &[]),
     ("serve", &["session", "model", "tokenizer", "sampler", "skip", "chat"]),

@@ -49,7 +49,7 @@ pub(super) struct EngineArgs {
     #[arg(short, long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
     pub threads: Option<usize>,
     /// Threads for prompts [default: as many as for generation]
-    #[arg(long, alias = "tb", value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
+    #[arg(long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
     pub threads_batch: Option<usize>,
     #[command(flatten)]
     pub cpus: CpuArgs,
@@ -89,7 +89,7 @@ pub(super) struct CpuArgs {
     #[arg(short = 'C', long, value_name = "HEX", value_parser = CpuSet::from_mask)]
     cpu_mask: Option<CpuSet>,
     /// CPUs to use, both included
-    #[arg(long, alias = "Cr", value_name = "LO-HI", allow_hyphen_values = true, value_parser = CpuSet::from_range, conflicts_with = "cpu_mask")]
+    #[arg(long, value_name = "LO-HI", allow_hyphen_values = true, value_parser = CpuSet::from_range, conflicts_with = "cpu_mask")]
     cpu_range: Option<CpuSet>,
     /// Keep each thread on one CPU, instead of letting the system move them
     #[arg(long)]

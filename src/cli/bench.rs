@@ -92,7 +92,9 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     }
     if args.vs.is_some() && args.cpus.cpu_strict {
         // The program would inherit the one CPU of this thread.
-        return Err(Failure::Usage("--vs and --cpu-strict: the other program cannot be kept likewise".into()));
+        return Err(Failure::Usage(
+            "--vs and --cpu-strict: the other program cannot be kept likewise".into(),
+        ));
     }
     let kernels = Kernels::select(args.kernel.as_deref())?;
     let path = args.model.resolve()?;

@@ -81,8 +81,10 @@ mod x86 {
         let weights = [_mm256_set1_epi8(1); SUMS_256 as usize];
         for _ in 0..rounds {
             let a = black_box(_mm256_set1_epi8(1));
-            for (sum, w) in sums.iter_mut().zip(black_box(&weights)) {
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(_mm256_maddubs_epi16(*w, a), ones));
+            let weights = black_box(&weights);
+            for i in 0..SUMS_256 as usize {
+                let products = _mm256_maddubs_epi16(weights[i], a);
+                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(products, ones));
             }
         }
         total(&sums)

@@ -36,7 +36,15 @@ fn interleave_over(memory: &mut [u8], nodes: &[usize]) -> bool {
     // SAFETY: the range lies inside `memory`, which is borrowed mutably; a policy changes where pages will lie, not
     // what they hold. The kernel reads the 1024 bits of `mask` (it takes one less than `maxnode` says).
     let outcome = unsafe {
-        libc::syscall(libc::SYS_mbind, start, to - from, libc::MPOL_INTERLEAVE, mask.as_ptr(), 1025usize, 0usize)
+        libc::syscall(
+            libc::SYS_mbind,
+            start,
+            to - from,
+            libc::MPOL_INTERLEAVE,
+            mask.as_ptr(),
+            1025usize,
+            0usize,
+        )
     };
     outcome == 0
 }

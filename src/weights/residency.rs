@@ -55,7 +55,8 @@ fn resident(bytes: &[u8]) -> bool {
     let mut state = vec![0u8; bytes.len().div_ceil(page)];
     // SAFETY: the range starts at a page and lies in a live map (it is a slice of one); `state` has a byte for each of
     // its pages, which is all that the kernel writes.
-    let failed = unsafe { libc::mincore(bytes.as_ptr().cast_mut().cast(), bytes.len(), state.as_mut_ptr()) } != 0;
+    let failed =
+        unsafe { libc::mincore(bytes.as_ptr().cast_mut().cast(), bytes.len(), state.as_mut_ptr()) } != 0;
     failed || state.iter().all(|state| state & 1 == 1)
 }
 
@@ -115,7 +116,10 @@ fn share(n: usize, job: impl Fn(usize, &mut Vec<u8>) -> io::Result<()> + Sync) -
     }
     std::thread::scope(|scope| {
         let threads: Vec<_> = (0..READERS.min(n)).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p))).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
+            .collect()
     })
 }
 
@@ -134,7 +138,9 @@ fn read_at(file: &File, to: &mut [u8], at: usize) -> io::Result<()> {
 
 fn shorter(error: io::Error) -> io::Error {
     match error.kind() {
-        io::ErrorKind::UnexpectedEof => io::Error::new(error.kind(), "the file became shorter while it was read"),
+        io::ErrorKind::UnexpectedEof => {
+            io::Error::new(error.kind(), "the file became shorter while it was read")
+        }
         _ => error,
     }
 }
@@ -183,7 +189,8 @@ mod tests {
     fn a_file_that_became_shorter_is_an_error() {
         let file = file_of(&pattern(PART));
         let mut copy = vec![0; 2 * PART];
-        let error = read(&file, &[0..PART, PART..2 * PART], &mut copy, &Done::new(0, &|_, _| {})).unwrap_err();
+        let error =
+            read(&file, &[0..PART, PART..2 * PART], &mut copy, &Done::new(0, &|_, _| {})).unwrap_err();
         assert_eq!(error.to_string(), "the file became shorter while it was read");
     }
 
@@ -202,7 +209,9 @@ mod tests {
         let map = file_map(&file);
         assert!(parts(&map, false).is_empty(), "just written");
         // SAFETY: the descriptor is open; advice changes no memory of ours.
-        unsafe { libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, libc::POSIX_FADV_DONTNEED) };
+        unsafe {
+            libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, libc::POSIX_FADV_DONTNEED)
+        };
         let cold = parts(&map, false);
         if cold.is_empty() {
             println!("SKIPPED: a test that needs a file system that drops pages");
