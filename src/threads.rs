@@ -588,9 +588,12 @@ mod tests {
                 done.fetch_add(1, Ordering::Relaxed);
             });
             assert_eq!(done.into_inner(), 2);
-            // What comes meanwhile is done by the leader alone.
+            // What comes meanwhile is done by the leader alone. The chunks sleep, so that a worker finds a core.
             let workers = AtomicUsize::new(0);
-            team.run(64, |worker, _| _ = workers.fetch_add(worker, Ordering::Relaxed));
+            team.run(16, |worker, _| {
+                std::thread::sleep(Duration::from_micros(50));
+                workers.fetch_add(worker, Ordering::Relaxed);
+            });
             rested += usize::from(workers.into_inner() == 0);
         }
         assert!(rested >= 10, "the worker rested {rested} times of 20");
