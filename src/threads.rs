@@ -10,12 +10,6 @@
 //! are done, not when every worker has shown up. A worker whose core was taken by another process
 //! therefore delays the team by the one chunk that it holds at most; the others do the rest.
 //!
-//! Where a core is shared for long, that happens in every slice of the scheduler's, and while one
-//! worker waits for its core, all wait for its chunk. So the leader, when it waits much longer for
-//! chunks than it took for its own, marks the workers that hold them, and a marked worker rests
-//! after its chunk: briefly at first, twice as long each time that it happens again soon. It tries
-//! again after each rest, at the cost of one slice.
-//!
 //! # The claim word
 //! `state` packs `epoch << 32 | chunks << 16 | next`. A worker claims chunk `next` by a
 //! compare-and-swap of the whole word, so a claim can only succeed for the operation it was read
@@ -42,15 +36,6 @@ const SPIN: Duration = Duration::from_micros(30);
 /// Yielding covers the gap between two tokens (sampling over a large vocabulary, printing): up to
 /// here a worker is awake at the cost of its idle core, beyond it sleeps and takes 50 us to wake.
 const STAY_AWAKE: Duration = Duration::from_micros(1500);
-/// Waiting for a chunk for longer than this, and than [`MUCH_LONGER`] of the leader's own, means that whoever holds it
-/// has lost its core: slices of schedulers are milliseconds, interrupts are tens of microseconds.
-const STALL: Duration = Duration::from_micros(300);
-/// Slow cores of hybrid machines take up to three times as long as fast ones.
-const MUCH_LONGER: u32 = 5;
-/// How long a worker rests that stalled once.
-const FIRST_REST: Duration = Duration::from_millis(4);
-/// And at most: a core that is free again is used again after so long.
-const LONGEST_REST: Duration = Duration::from_millis(128);
 /// Largest number of chunks in one operation: the claim word has 16 bits for it.
 const MAX_CHUNKS: usize = u16::MAX as usize;
 
@@ -74,17 +59,6 @@ struct Shared {
     quit: AtomicBool,
     /// Workers from this one on sleep.
     active: AtomicUsize,
-    slots: Vec<Slot>,
-}
-
-/// What leader and one worker tell each other; on a cache line of its own.
-#[derive(Default)]
-#[repr(align(128))]
-struct Slot {
-    /// The worker has claimed a chunk that is not done.
-    holds: AtomicBool,
-    /// The leader found it stalled. Both are hints: what they order is when work is done, not what.
-    stalled: AtomicBool,
 }
 
 // SAFETY: `job` is the only field that is not `Sync`. It is written by the leader alone, while no
@@ -145,7 +119,6 @@ impl Team {
             wake: Condvar::new(),
             quit: AtomicBool::new(false),
             active: AtomicUsize::new(threads),
-            slots: (0..threads).map(|_| Slot::default()).collect(),
         });
         let pool = match threads {
             1 => None,
@@ -211,13 +184,10 @@ impl Team {
         let epoch = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
         shared.state.store(epoch | (chunks as u64) << 16, Ordering::Release);
         shared.wake_sleepers();
-        let (started, mut own) = (Instant::now(), 0);
-        while shared.claim_and_run(0) {
-            own += 1;
-        }
-        if shared.done.load(Ordering::Acquire) < chunks {
-            let usual = started.elapsed() / own.max(1);
-            shared.wait_for_the_others(chunks, STALL.max(MUCH_LONGER * usual));
+        while shared.claim_and_run(0) {}
+        let mut idle = Idle::new();
+        while shared.done.load(Ordering::Acquire) < chunks {
+            idle.pause();
         }
         self.busy.store(false, Ordering::Release);
         let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -298,30 +268,12 @@ impl Drop for Team {
 }
 
 impl Shared {
-    /// Returns when `done` is `chunks`. Whoever holds a chunk after `patience` is marked as stalled.
-    fn wait_for_the_others(&self, chunks: usize, patience: Duration) {
-        let mut idle = Idle::new();
-        let mut patient = true;
-        while self.done.load(Ordering::Acquire) < chunks {
-            idle.pause();
-            if patient && idle.waited > patience {
-                patient = false;
-                let holders = self.slots.iter().skip(1).filter(|slot| slot.holds.load(Ordering::Relaxed));
-                holders.for_each(|slot| slot.stalled.store(true, Ordering::Relaxed));
-            }
-        }
-    }
-
     /// A worker's life: chunks while there are some, sleep when there have been none for long.
     fn work(&self, worker: usize) {
         let mut idle = Idle::new();
-        let mut rest = Rest::default();
         while !self.quit.load(Ordering::Relaxed) {
             if worker >= self.active.load(Ordering::Relaxed) {
                 self.sit_out(worker);
-                idle = Idle::new();
-            } else if self.slots[worker].stalled.swap(false, Ordering::Relaxed) {
-                self.rest(rest.next(Instant::now()));
                 idle = Idle::new();
             } else if self.claim_and_run(worker) {
                 idle = Idle::new();
@@ -343,7 +295,6 @@ impl Shared {
         if self.state.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
             return true; // somebody else was quicker: look again
         }
-        self.slots[worker].holds.store(true, Ordering::Relaxed);
         // SAFETY: the claim succeeded, so the leader is waiting for this chunk: the job it wrote
         // before publishing `state` is in the cell and stays alive until `done` counts the chunk.
         let job = unsafe { *self.job.get() };
@@ -355,7 +306,6 @@ impl Shared {
         if let Err(panic) = outcome {
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
-        self.slots[worker].holds.store(false, Ordering::Relaxed);
         self.done.fetch_add(1, Ordering::Release);
         true
     }
@@ -383,19 +333,6 @@ impl Shared {
         }
     }
 
-    /// Sleeps for so long, whatever work there is.
-    fn rest(&self, length: Duration) {
-        let until = Instant::now() + length;
-        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
-        while !self.quit.load(Ordering::SeqCst) {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            bed = self.wake.wait_timeout(bed, left).unwrap_or_else(PoisonError::into_inner).0;
-        }
-    }
-
     /// Either the sleeper sees the new state, or this sees the sleeper (both sides fence).
     fn wake_sleepers(&self) {
         fence(Ordering::SeqCst);
@@ -406,38 +343,15 @@ impl Shared {
     }
 }
 
-/// How long a worker rests when it has stalled.
-#[derive(Default)]
-struct Rest {
-    /// The last rest, and when it was over.
-    last: Option<(Duration, Instant)>,
-}
-
-impl Rest {
-    /// The length of a rest that begins `now`: twice the last one, if that has been over for less than ten times its
-    /// length; else it is another matter.
-    fn next(&mut self, now: Instant) -> Duration {
-        let length = match self.last {
-            Some((length, over)) if now.saturating_duration_since(over) < 10 * length => 2 * length,
-            _ => FIRST_REST,
-        };
-        let length = length.min(LONGEST_REST);
-        self.last = Some((length, now + length));
-        length
-    }
-}
-
 /// Waiting politely: spin, then yield the core.
 struct Idle {
     since: Option<Instant>,
     rounds: u32,
-    /// How long it was when last looked at the clock.
-    waited: Duration,
 }
 
 impl Idle {
     fn new() -> Self {
-        Self { since: None, rounds: 0, waited: Duration::ZERO }
+        Self { since: None, rounds: 0 }
     }
 
     /// Waits a moment; false once it has been long enough to go to sleep.
@@ -445,11 +359,11 @@ impl Idle {
         self.rounds += 1;
         std::hint::spin_loop();
         if self.rounds.is_multiple_of(64) {
-            self.waited = self.since.get_or_insert_with(Instant::now).elapsed();
-            if self.waited > SPIN {
+            let waited = self.since.get_or_insert_with(Instant::now).elapsed();
+            if waited > SPIN {
                 std::thread::yield_now();
             }
-            return self.waited < STAY_AWAKE;
+            return waited < STAY_AWAKE;
         }
         true
     }
@@ -558,45 +472,6 @@ mod tests {
             team.run(10, |_, i| _ = sum.fetch_add(i, Ordering::Relaxed));
             assert_eq!(sum.into_inner(), 45);
         }
-    }
-
-    #[test]
-    fn rests_grow_while_stalls_go_on() {
-        let (mut rest, mut now) = (Rest::default(), Instant::now());
-        let ms: Vec<u128> = (0..7)
-            .map(|_| {
-                let length = rest.next(now);
-                now += length + Duration::from_millis(3);
-                length.as_millis()
-            })
-            .collect();
-        assert_eq!(ms, [4, 8, 16, 32, 64, 128, 128]);
-        assert_eq!(rest.next(now + 11 * LONGEST_REST), FIRST_REST, "another matter");
-    }
-
-    #[test]
-    fn a_worker_that_stalls_rests_and_no_chunk_is_lost() {
-        let team = Team::new(2).unwrap();
-        let mut rested = 0;
-        for _ in 0..20 {
-            // Both threads hold a chunk; the worker's takes much longer.
-            let both = std::sync::Barrier::new(2);
-            let done = AtomicUsize::new(0);
-            team.run(2, |worker, _| {
-                both.wait();
-                std::thread::sleep(Duration::from_millis(if worker == 0 { 0 } else { 8 }));
-                done.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(done.into_inner(), 2);
-            // What comes meanwhile is done by the leader alone. The chunks sleep, so that a worker finds a core.
-            let workers = AtomicUsize::new(0);
-            team.run(16, |worker, _| {
-                std::thread::sleep(Duration::from_micros(50));
-                workers.fetch_add(worker, Ordering::Relaxed);
-            });
-            rested += usize::from(workers.into_inner() == 0);
-        }
-        assert!(rested >= 10, "the worker rested {rested} times of 20");
     }
 
     #[test]
