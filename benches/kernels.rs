@@ -75,7 +75,7 @@ fn multiply(
         out.fill(0.0);
         for col in (0..COLS).step_by(PANEL_COLS) {
             kernels.unpack(ty, weights, row_bytes, col..col + PANEL_COLS, panel);
-            kernels.gemm(panel, acts.from_col(col), out);
+            kernels.gemm(panel, acts.from_col(0..acts.rows(), col), out);
         }
     }
 }

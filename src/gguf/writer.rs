@@ -64,6 +64,16 @@ impl Builder {
         Ok(())
     }
 
+    /// The tensors described so far, their offsets not yet known.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// Bytes of all tensors' data, without padding.
+    pub fn data_bytes(&self) -> u64 {
+        self.tensors.iter().fold(0, |sum, t| sum.saturating_add(t.n_bytes))
+    }
+
     /// Writes everything up to the data of the first tensor.
     pub fn start<W: io::Write>(mut self, mut out: W) -> Result<Writer<W>, WriteError> {
         let alignment = self.metadata.alignment()?;

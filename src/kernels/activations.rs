@@ -93,6 +93,12 @@ impl Activations {
         }
     }
 
+    /// Room for more rows behind those there are, which stay.
+    pub fn add_rows(&mut self, more: usize) {
+        let rows = self.rows + more;
+        self.reshape(rows, self.cols);
+    }
+
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
@@ -135,15 +141,16 @@ impl Activations {
         parts.take(rows).map(|((q, scale), sum)| Q8RowMut { q, scale, sum })
     }
 
-    /// All rows from column `col` (a multiple of 32) on.
-    pub fn from_col(&self, col: usize) -> Q8Rows<'_> {
-        assert!(col.is_multiple_of(BLOCK) && col <= self.stride);
+    /// Rows `rows` from column `col` (a multiple of 32) on.
+    pub fn from_col(&self, rows: std::ops::Range<usize>, col: usize) -> Q8Rows<'_> {
+        assert!(col.is_multiple_of(BLOCK) && col <= self.stride && rows.end <= self.rows);
+        let first = rows.start * self.stride + col;
         Q8Rows {
-            rows: self.rows,
+            rows: rows.len(),
             stride: self.stride,
-            q: &self.q[col..],
-            scale: &self.scale[col / BLOCK..],
-            sum: &self.sum[col / 16..],
+            q: &self.q[first..],
+            scale: &self.scale[first / BLOCK..],
+            sum: &self.sum[first / 16..],
         }
     }
 }

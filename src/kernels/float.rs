@@ -12,9 +12,10 @@ pub(super) struct Functions {
     pub dot_rows: unsafe fn(GgmlType, &[u8], usize, &[f32], &mut [f32]),
     pub widen: unsafe fn(&[u16], &mut [f32]),
     pub dot: unsafe fn(&[f32], &[f32]) -> f32,
-    pub dot_f16: unsafe fn(&[f32], &[u16]) -> f32,
-    pub add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
-    pub add_scaled_f16: unsafe fn(&mut [f32], f32, &[u16]),
+    pub dots: unsafe fn(&[f32], &[f32], &mut [f32]),
+    pub dots_f16: unsafe fn(&[f32], &[u16], &mut [f32]),
+    pub add_weighted: unsafe fn(&mut [f32], &[f32], &[f32]),
+    pub add_weighted_f16: unsafe fn(&mut [f32], &[f32], &[u16]),
     pub exp_sum: unsafe fn(&mut [f32], f32) -> f32,
     pub silu_mul: unsafe fn(&mut [f32], &[f32]),
 }
@@ -43,25 +44,32 @@ impl Kernels {
         unsafe { (self.isa.functions.float.dot)(a, b) }
     }
 
-    /// `a . b`, `b` in half precision (bits).
-    pub fn dot_f16(&self, a: &[f32], b: &[u16]) -> f32 {
-        assert_eq!(a.len(), b.len());
+    /// `out[i] = q . keys[i]` for keys as long as `q`, one behind the other: attention's scores.
+    pub fn dots(&self, q: &[f32], keys: &[f32], out: &mut [f32]) {
+        assert_eq!(keys.len(), q.len() * out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.float.dot_f16)(a, b) }
+        unsafe { (self.isa.functions.float.dots)(q, keys, out) }
     }
 
-    /// `y += w * x`
-    pub fn add_scaled(&self, y: &mut [f32], w: f32, x: &[f32]) {
-        assert_eq!(y.len(), x.len());
+    /// [`dots`](Self::dots) with keys in half precision (bits).
+    pub fn dots_f16(&self, q: &[f32], keys: &[u16], out: &mut [f32]) {
+        assert_eq!(keys.len(), q.len() * out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.float.add_scaled)(y, w, x) }
+        unsafe { (self.isa.functions.float.dots_f16)(q, keys, out) }
     }
 
-    /// `y += w * x`, `x` in half precision (bits).
-    pub fn add_scaled_f16(&self, y: &mut [f32], w: f32, x: &[u16]) {
-        assert_eq!(y.len(), x.len());
+    /// `out += sum of weights[i] * values[i]` for values as long as `out`, one behind the other.
+    pub fn add_weighted(&self, out: &mut [f32], weights: &[f32], values: &[f32]) {
+        assert_eq!(values.len(), out.len() * weights.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.float.add_scaled_f16)(y, w, x) }
+        unsafe { (self.isa.functions.float.add_weighted)(out, weights, values) }
+    }
+
+    /// [`add_weighted`](Self::add_weighted) with values in half precision (bits).
+    pub fn add_weighted_f16(&self, out: &mut [f32], weights: &[f32], values: &[u16]) {
+        assert_eq!(values.len(), out.len() * weights.len());
+        // SAFETY: the handle proves the ISA.
+        unsafe { (self.isa.functions.float.add_weighted_f16)(out, weights, values) }
     }
 
     /// `x = exp(x - max)`; returns the sum.
@@ -170,31 +178,107 @@ pub(super) fn dot_rows<const FMA: bool>(
     }
 }
 
+/// Keys that are multiplied with a query at a time, so that they share its loads and the additions
+/// of one do not wait for those of another.
+const KEYS: usize = 4;
+
+/// `out[i] = q . keys[i]`, 16 elements of a key widened at a time by `load`.
 #[inline(always)]
-pub(super) fn add_scaled<const FMA: bool>(y: &mut [f32], w: f32, x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = fma::<FMA>(w, *x, *y);
+pub(super) fn dots<const FMA: bool, T: Copy + Default>(
+    q: &[f32],
+    keys: &[T],
+    out: &mut [f32],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+) {
+    let dim = q.len();
+    if !dim.is_multiple_of(LANES) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = dot_widened::<FMA, T>(q, &keys[i * dim..][..dim], &load);
+        }
+        return;
+    }
+    let whole = out.len() / KEYS * KEYS;
+    for i in (0..whole).step_by(KEYS) {
+        let four = &keys[i * dim..][..KEYS * dim];
+        let scores = some_dots::<FMA, T, KEYS>(q, four, &load);
+        out[i..i + KEYS].copy_from_slice(&scores);
+    }
+    for i in whole..out.len() {
+        [out[i]] = some_dots::<FMA, T, 1>(q, &keys[i * dim..][..dim], &load);
     }
 }
 
+/// The products of `N` keys. What one gives does not depend on the others.
 #[inline(always)]
-pub(super) fn add_scaled_f16<const FMA: bool>(
-    y: &mut [f32],
-    w: f32,
-    x: &[u16],
-    widen: impl Fn(&[u16; LANES]) -> [f32; LANES],
-) {
-    let ((y, y_tail), (x, x_tail)) = (y.as_chunks_mut::<LANES>(), x.as_chunks::<LANES>());
-    for (y, x) in y.iter_mut().zip(x) {
-        let x = widen(x);
-        for i in 0..LANES {
-            y[i] = fma::<FMA>(w, x[i], y[i]);
+fn some_dots<const FMA: bool, T, const N: usize>(
+    q: &[f32],
+    keys: &[T],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+) -> [f32; N] {
+    let dim = q.len();
+    let mut sums = [[0f32; LANES]; N];
+    for (c, q) in q.as_chunks::<LANES>().0.iter().enumerate() {
+        for n in 0..N {
+            let Some(key) = keys[n * dim + c * LANES..].first_chunk() else { break };
+            let key = load(key);
+            for i in 0..LANES {
+                sums[n][i] = fma::<FMA>(q[i], key[i], sums[n][i]);
+            }
         }
     }
-    let mut padded = [0; LANES];
-    padded[..x_tail.len()].copy_from_slice(x_tail);
-    for (y, x) in y_tail.iter_mut().zip(widen(&padded)) {
-        *y = fma::<FMA>(w, x, *y);
+    let mut width = LANES;
+    while width > 1 {
+        width /= 2;
+        for sums in &mut sums {
+            for i in 0..width {
+                sums[i] += sums[i + width];
+            }
+        }
+    }
+    let mut scores = [0f32; N];
+    for n in 0..N {
+        scores[n] = sums[n][0];
+    }
+    scores
+}
+
+/// Elements of the output that stay in registers while all values are added.
+const KEPT: usize = 4 * LANES;
+
+/// `out += sum of weights[i] * values[i]`, widened by `load`.
+#[inline(always)]
+pub(super) fn add_weighted<const FMA: bool, T: Copy + Default>(
+    out: &mut [f32],
+    weights: &[f32],
+    values: &[T],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+) {
+    let dim = out.len();
+    let (kept, tail) = out.as_chunks_mut::<KEPT>();
+    let first = kept.len() * KEPT;
+    for (c, out) in kept.iter_mut().enumerate() {
+        let mut sums = *out;
+        for (i, &w) in weights.iter().enumerate() {
+            let Some(value) = values[i * dim + c * KEPT..].first_chunk::<KEPT>() else { break };
+            for (l, value) in value.as_chunks::<LANES>().0.iter().enumerate() {
+                let value = load(value);
+                for j in 0..LANES {
+                    sums[l * LANES + j] = fma::<FMA>(w, value[j], sums[l * LANES + j]);
+                }
+            }
+        }
+        *out = sums;
+    }
+    for (i, &w) in weights.iter().enumerate() {
+        let value = &values[i * dim + first..][..tail.len()];
+        for (out, value) in tail.chunks_mut(LANES).zip(value.chunks(LANES)) {
+            let mut padded = [T::default(); LANES];
+            padded[..value.len()].copy_from_slice(value);
+            let value = load(&padded);
+            for (j, out) in out.iter_mut().enumerate() {
+                *out = fma::<FMA>(w, value[j], *out);
+            }
+        }
     }
 }
 
@@ -273,16 +357,20 @@ macro_rules! instantiate {
                 f::dot::<$fma>(a, b)
             }
             $(#[target_feature(enable = $feature)])*
-            fn dot_f16(a: &[f32], b: &[u16]) -> f32 {
-                f::dot_widened::<$fma, u16>(a, b, $widen)
+            fn dots(q: &[f32], keys: &[f32], out: &mut [f32]) {
+                f::dots::<$fma, f32>(q, keys, out, |k| *k)
             }
             $(#[target_feature(enable = $feature)])*
-            fn add_scaled(y: &mut [f32], w: f32, x: &[f32]) {
-                f::add_scaled::<$fma>(y, w, x)
+            fn dots_f16(q: &[f32], keys: &[u16], out: &mut [f32]) {
+                f::dots::<$fma, u16>(q, keys, out, $widen)
             }
             $(#[target_feature(enable = $feature)])*
-            fn add_scaled_f16(y: &mut [f32], w: f32, x: &[u16]) {
-                f::add_scaled_f16::<$fma>(y, w, x, $widen)
+            fn add_weighted(out: &mut [f32], weights: &[f32], values: &[f32]) {
+                f::add_weighted::<$fma, f32>(out, weights, values, |v| *v)
+            }
+            $(#[target_feature(enable = $feature)])*
+            fn add_weighted_f16(out: &mut [f32], weights: &[f32], values: &[u16]) {
+                f::add_weighted::<$fma, u16>(out, weights, values, $widen)
             }
             $(#[target_feature(enable = $feature)])*
             fn exp_sum(x: &mut [f32], max: f32) -> f32 {
@@ -292,7 +380,17 @@ macro_rules! instantiate {
             fn silu_mul(gate: &mut [f32], up: &[f32]) {
                 f::silu_mul::<$fma>(gate, up)
             }
-            f::Functions { dot_rows, widen, dot, dot_f16, add_scaled, add_scaled_f16, exp_sum, silu_mul }
+            f::Functions {
+                dot_rows,
+                widen,
+                dot,
+                dots,
+                dots_f16,
+                add_weighted,
+                add_weighted_f16,
+                exp_sum,
+                silu_mul,
+            }
         };
     };
 }

@@ -28,21 +28,16 @@ pub(super) fn scales_mins_k4(b: &[u8; 12]) -> (u64, u64) {
 }
 
 /// The sixteen 6-bit scales of Q3_K, 32 too large: low nibbles in bytes 0..8, two high bits of four
-/// scales in each of bytes 8..12.
+/// scales in each of bytes 8..12. Four scales a word, in order.
 #[inline(always)]
-pub(super) fn scales_q3_k(b: &[u8; 12]) -> [u8; 16] {
+pub(super) fn scales_q3_k(b: &[u8; 12]) -> [u32; 4] {
     let u = |i: usize| u32::from_le_bytes([b[i], b[i + 1], b[i + 2], b[i + 3]]);
     let (low0, low1, high) = (u(0), u(4), u(8));
     let (nibble, two) = (0x0f0f_0f0f, 0x0303_0303);
-    let words = [
+    [
         (low0 & nibble) | (high & two) << 4,
         (low1 & nibble) | (high >> 2 & two) << 4,
         (low0 >> 4 & nibble) | (high >> 4 & two) << 4,
         (low1 >> 4 & nibble) | (high >> 6 & two) << 4,
-    ];
-    let mut scales = [0; 16];
-    for (out, word) in scales.chunks_exact_mut(4).zip(words) {
-        out.copy_from_slice(&word.to_le_bytes());
-    }
-    scales
+    ]
 }

@@ -48,6 +48,8 @@ pub const PANEL_COLS: usize = 512;
 struct Functions {
     quantize: unsafe fn(&[f32], &mut [i8], &mut [f32], &mut [i32]),
     dot: unsafe fn(GgmlType, &[u8], usize, Q8Row<'_>, &mut [f32]),
+    /// Several tokens, where that is better than one after the other.
+    dot_tokens: Option<unsafe fn(GgmlType, &[u8], usize, &Activations, &mut [f32])>,
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
@@ -165,6 +167,28 @@ impl Kernels {
         }
         // SAFETY: the handle proves the ISA; the lengths were just asserted.
         unsafe { (self.isa.functions.dot)(ty, weights, row_bytes, x, out) }
+    }
+
+    /// `out[t * n + r] = weights[r] . x[t]` for `n` quantised rows: a few tokens share each weight
+    /// that is read. Each product is bit-identical to the one of [`dot`](Self::dot).
+    pub fn dot_tokens(&self, ty: GgmlType, weights: &[u8], x: &Activations, out: &mut [f32]) {
+        let row_bytes = ty.row_bytes(x.cols());
+        assert!(quant::is_quantised(ty) && x.cols().is_multiple_of(ty.block_len()));
+        if x.rows() == 0 || x.cols() == 0 {
+            return out.fill(0.0);
+        }
+        let n = weights.len() / row_bytes;
+        assert!(weights.len() == n * row_bytes && out.len() == n * x.rows());
+        match self.isa.functions.dot_tokens {
+            // SAFETY: the handle proves the ISA; the lengths were just asserted, and rows of
+            // activations are padded.
+            Some(dot_tokens) if n > 0 => unsafe { dot_tokens(ty, weights, row_bytes, x, out) },
+            _ => {
+                for (t, out) in out.chunks_exact_mut(n.max(1)).enumerate() {
+                    self.dot(ty, weights, x.row(t), out);
+                }
+            }
+        }
     }
 
     /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`; missing rows count as 0.

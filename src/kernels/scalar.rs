@@ -11,6 +11,7 @@ pub(super) static ISA: Isa = Isa {
     functions: Functions {
         quantize,
         dot,
+        dot_tokens: None,
         unpack: quant::unpack_row,
         interleave,
         gemm,

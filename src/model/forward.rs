@@ -1,7 +1,7 @@
 //! The forward pass.
 
 use super::state::Scratch;
-use super::{FfnStep, Layer, Model, ModelError, State};
+use super::{FfnStep, Layer, Matrices, Model, ModelError, State};
 use crate::ops::attention::{self, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
 use crate::quant::Matrix;
@@ -97,6 +97,7 @@ impl Model {
         let qkv_dim = q_dim + 2 * kv_dim;
         let qkv = &mut s.qkv[..n * qkv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
+        state.observer.see(index, Matrices::Qkv, &s.normed);
         let stack = [w.q.matrix(), w.k.matrix(), w.v.matrix()];
         matmul(on, &stack, &s.normed, Epilogue::Bias(&w.qkv_bias), qkv, &mut s.matmul);
         s.rope.apply(on, c.rope.style, qkv, qkv_dim, c.heads + c.kv_heads, c.head_dim);
@@ -111,6 +112,7 @@ impl Model {
         let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, first };
         attention(on, shape, (qkv, qkv_dim), keys, values, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
+        state.observer.see(index, Matrices::AttentionOutput, &s.attended);
         let x = &mut s.x[..n * c.embedding];
         matmul(on, &[w.output.matrix()], &s.attended, Epilogue::Add, x, &mut s.matmul);
     }
@@ -121,7 +123,7 @@ impl Model {
         let w = &layer.ffn;
         state.choose_rows(index, n, step);
         let observed = state.measure || (step != FfnStep::Full && state.policy.observes());
-        let State { scratch: s, policy, stats, .. } = state;
+        let State { scratch: s, policy, stats, observer, .. } = state;
         if step != FfnStep::Full {
             stats.ran(index, s.active.len() as u64);
             stats.skipped(index, (n - s.active.len()) as u64);
@@ -130,9 +132,11 @@ impl Model {
             return;
         }
         rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
+        observer.see(index, Matrices::GateUp, &s.normed);
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);
+        observer.see(index, Matrices::Down, &s.inner);
         let down: [Matrix<'_>; 1] = [w.down.matrix()];
         if s.active.len() == n && !observed {
             let x = &mut s.x[..n * c.embedding];

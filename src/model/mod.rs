@@ -8,6 +8,7 @@ mod error;
 mod forward;
 mod kv;
 mod layers;
+mod observe;
 mod state;
 
 use std::path::Path;
@@ -16,6 +17,7 @@ pub use config::{Architecture, Config, RopeConfig};
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
+pub use observe::{InputObserver, Matrices};
 pub use state::{FfnStep, State};
 
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};

@@ -1,6 +1,7 @@
 //! What a sequence has of its own: cache, position, skipping state; and the buffers of a step.
 
-use super::{Config, KvCache, KvType, Model, ModelError};
+use super::observe::Observer;
+use super::{Config, InputObserver, KvCache, KvType, Model, ModelError};
 use crate::kernels::Kernels;
 use crate::memory::Pages;
 use crate::ops::attention::AttentionScratch;
@@ -20,6 +21,7 @@ pub struct State {
     pub(super) measure: bool,
     /// Row of the last token in the buffers of the last step.
     pub(super) last_row: Option<usize>,
+    pub(super) observer: Observer,
 }
 
 /// Which tokens of a step the skip policy governs.
@@ -84,6 +86,7 @@ impl State {
             stats: SkipStats::new(config.layers),
             measure: false,
             last_row: None,
+            observer: Observer::default(),
         }
     }
 
@@ -125,6 +128,11 @@ impl State {
     /// Measures the cosine of every FFN that runs, whatever the policy.
     pub fn measure_cosines(&mut self, measure: bool) {
         self.measure = measure;
+    }
+
+    /// Has `observer` see what the matrices are multiplied with, from the next step on.
+    pub fn set_observer(&mut self, observer: Option<Box<dyn InputObserver>>) {
+        self.observer = Observer::new(observer);
     }
 
     /// Replaces the policy.

@@ -159,11 +159,17 @@ impl Block {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
         let AttentionScratch { queries, scores, out, wide, running } = scratch;
         match keys.half(self.kv_head, positions.clone()) {
-            Some(keys) => scores_of(queries, scores, rows, dim, keys, |q, k| kernels.dot_f16(q, k)),
+            Some(keys) => {
+                for_rows(queries, scores, rows, dim, |q, scores| {
+                    kernels.dots_f16(q, keys, &mut scores[..positions.len()]);
+                });
+            }
             None => {
                 let wide = &mut wide[..positions.len() * dim];
                 keys.widen(kernels, self.kv_head, positions.clone(), wide);
-                scores_of(queries, scores, rows, dim, wide, |q, k| kernels.dot_f32(q, k));
+                for_rows(queries, scores, rows, dim, |q, scores| {
+                    kernels.dots(q, wide, &mut scores[..positions.len()]);
+                });
             }
         }
         let halves = values.half(self.kv_head, positions.clone());
@@ -176,16 +182,8 @@ impl Block {
             let out = &mut out[row * dim..][..dim];
             softmax_step(kernels, weights, &mut running[row], out);
             match halves {
-                Some(values) => {
-                    for (w, v) in weights.iter().zip(values.chunks_exact(dim)) {
-                        kernels.add_scaled_f16(out, *w, v);
-                    }
-                }
-                None => {
-                    for (w, v) in weights.iter().zip(wide.chunks_exact(dim)) {
-                        kernels.add_scaled(out, *w, v);
-                    }
-                }
+                Some(values) => kernels.add_weighted_f16(out, weights, &values[..n * dim]),
+                None => kernels.add_weighted(out, weights, &wide[..n * dim]),
             }
         }
     }
@@ -217,19 +215,16 @@ impl Block {
     }
 }
 
-fn scores_of<T>(
+/// Calls `f` with each query and where its scores go.
+fn for_rows(
     queries: &[f32],
     scores: &mut [f32],
     rows: usize,
     dim: usize,
-    keys: &[T],
-    dot: impl Fn(&[f32], &[T]) -> f32,
+    mut f: impl FnMut(&[f32], &mut [f32]),
 ) {
-    for (q, scores) in queries.chunks_exact(dim).zip(scores.chunks_exact_mut(TILE)).take(rows) {
-        for (score, key) in scores.iter_mut().zip(keys.chunks_exact(dim)) {
-            *score = dot(q, key);
-        }
-    }
+    let queries = queries.chunks_exact(dim).take(rows);
+    queries.zip(scores.chunks_exact_mut(TILE)).for_each(|(q, scores)| f(q, scores));
 }
 
 /// Turns scores into weights relative to the running maximum, and rescales what was summed before.

@@ -11,12 +11,16 @@ use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel};
 use crate::quant::{self, Matrix};
 use crate::threads::Tile;
 
-/// From so many rows of activations on, unpacking a panel costs less than it saves.
-const GEMM_ROWS: usize = 5;
+/// From so many rows of activations on, unpacking a panel costs less than it saves. Fewer rows give
+/// bit by bit what each gives alone: a draft can be verified in one step.
+pub const GEMM_ROWS: usize = 17;
 /// Least rows of a chunk when decoding: a few cache lines of output, tens of KiB of weights.
 const MIN_CHUNK: usize = 16;
 /// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
 const CHUNKS_A_THREAD: usize = 6;
+/// Weight bytes of a chunk that several rows of activations go over one after the other: they stay in
+/// the L2 cache.
+const CACHED_BYTES: usize = 128 << 10;
 
 /// What happens to a product.
 #[derive(Clone, Copy)]
@@ -35,30 +39,25 @@ pub struct MatmulScratch {
     panel: Panel,
     acc: Vec<f32>,
     up: Vec<f32>,
-    /// The product with the second term of refined inputs, before it is added.
-    second: Vec<f32>,
     wide: Vec<f32>,
 }
 
 impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
-        let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * GEMM_ROWS);
-        Self {
-            panel: Panel::default(),
-            acc: vec![0.0; n],
-            up: vec![0.0; n],
-            second: vec![0.0; n],
-            wide: Vec::new(),
-        }
+        let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
+        Self { panel: Panel::default(), acc: vec![0.0; n], up: vec![0.0; n], wide: Vec::new() }
     }
 }
 
-fn chunk_rows(on: Compute<'_>, rows: usize, outputs: usize) -> usize {
-    if rows >= GEMM_ROWS {
+/// Rows of matrices like `w` in a chunk, of `outputs` altogether.
+fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> usize {
+    if x.rows >= GEMM_ROWS {
         return PANEL_ROWS;
     }
-    outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD).next_multiple_of(4).max(MIN_CHUNK)
+    let fair = outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD);
+    let cached = if x.rows == 1 { usize::MAX } else { CACHED_BYTES / w.row_bytes().max(1) };
+    fair.min(cached).next_multiple_of(4).max(MIN_CHUNK)
 }
 
 /// `out[t] = [W0; W1; ...] x[t]`: the rows of the stacked matrices, one under the other.
@@ -74,7 +73,7 @@ pub fn matmul(
     scratch: &mut [MatmulScratch],
 ) {
     let outputs: usize = stack.iter().map(|m| m.rows_len()).sum();
-    let chunk = chunk_rows(on, x.rows, outputs);
+    let chunk = chunk_rows(on, x, &stack[0], outputs);
     on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
         let mut first = 0;
         for matrix in stack {
@@ -99,7 +98,7 @@ pub fn matmul_swiglu(
     scratch: &mut [MatmulScratch],
 ) {
     let outputs = gate.rows_len();
-    let chunk = chunk_rows(on, x.rows, outputs);
+    let chunk = chunk_rows(on, x, &gate, outputs);
     on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
         let n = tile.cols().len();
         product(on, &up, tile.cols(), x, scratch);
@@ -144,22 +143,20 @@ fn product(
     scratch: &mut MatmulScratch,
 ) {
     let (n, stride) = (rows.len(), acc_stride(x.rows, rows.len()));
-    if scratch.acc.len() < x.rows * stride {
-        scratch.acc.resize(x.rows * stride, 0.0);
-        scratch.up.resize(x.rows * stride, 0.0);
-        scratch.second.resize(x.rows * stride, 0.0);
+    let terms = 1 + usize::from(x.two_terms);
+    if scratch.acc.len() < terms * x.rows * stride {
+        scratch.acc.resize(terms * x.rows * stride, 0.0);
+        scratch.up.resize(terms * x.rows * stride, 0.0);
     }
-    let acc = &mut scratch.acc[..x.rows * stride];
     let weights = w.rows(rows);
+    let acc = &mut scratch.acc[..terms * x.rows * stride];
     match (quant::is_quantised(w.ty()), x.rows >= GEMM_ROWS) {
         (true, false) => {
-            for (t, acc) in acc.chunks_exact_mut(n).enumerate() {
-                on.kernels.dot(w.ty(), weights, x.q8.row(t), acc);
-                if x.two_terms {
-                    let second = &mut scratch.second[..n];
-                    on.kernels.dot(w.ty(), weights, x.residual.row(t), second);
-                    acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
-                }
+            // Both terms of refined inputs in one pass over the weights.
+            on.kernels.dot_tokens(w.ty(), weights, &x.q8, acc);
+            if x.two_terms {
+                let (acc, second) = acc.split_at_mut(x.rows * n);
+                acc.iter_mut().zip(second).for_each(|(a, s)| *a += *s);
             }
         }
         (false, false) => {
@@ -168,17 +165,20 @@ fn product(
             }
         }
         (true, true) => {
+            let acc = &mut acc[..x.rows * stride];
             acc.fill(0.0);
             for from in (0..x.cols).step_by(PANEL_COLS) {
                 let cols = from..(from + PANEL_COLS).min(x.cols);
                 on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, &mut scratch.panel);
-                on.kernels.gemm(&scratch.panel, x.q8.from_col(from), acc);
-                if x.two_terms {
-                    on.kernels.gemm(&scratch.panel, x.residual.from_col(from), acc);
+                for term in 0..terms {
+                    let rows = term * x.rows..(term + 1) * x.rows;
+                    on.kernels.gemm(&scratch.panel, x.q8.from_col(rows, from), acc);
                 }
             }
         }
-        (false, true) => float_product(on, w.ty(), weights, n, x, &mut scratch.wide, acc),
+        (false, true) => {
+            float_product(on, w.ty(), weights, n, x, &mut scratch.wide, &mut acc[..x.rows * stride]);
+        }
     }
 }
 
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn products_equal_exact_ones_within_the_rounding_of_activations() {
-        for rows in [1, 3, GEMM_ROWS, 20] {
+        for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
             check(rows, GgmlType::Q8_0, false, 0.6);
             check(rows, GgmlType::Q4_K, false, 0.6);
             check(rows, GgmlType::F16, false, 1e-3);
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn refined_inputs_are_nearly_exact() {
-        for rows in [1, 3, GEMM_ROWS, 20] {
+        for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
             check(rows, GgmlType::Q8_0, true, 5e-3);
             check(rows, GgmlType::Q5_1, true, 5e-3);
         }

@@ -33,9 +33,8 @@ pub struct Inputs {
     rows: usize,
     cols: usize,
     f32: Pages<f32>,
+    /// If `two_terms`, as many rows again hold what the first leave over, quantised in turn.
     q8: Activations,
-    /// What `q8` leaves over, quantised in turn; in use if `two_terms`.
-    residual: Activations,
     two_terms: bool,
 }
 
@@ -50,7 +49,7 @@ impl Inputs {
     /// [`with_capacity`](Self::with_capacity) for rows that will be [refined](Self::refine).
     pub fn with_refined_capacity(rows: usize, cols: usize) -> Self {
         let mut inputs = Self::with_capacity(rows, cols);
-        inputs.residual.reshape(rows, cols);
+        inputs.q8.add_rows(rows);
         inputs
     }
 
@@ -64,6 +63,11 @@ impl Inputs {
     /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
+    }
+
+    /// Columns of a row.
+    pub fn cols(&self) -> usize {
+        self.cols
     }
 
     /// The unquantised rows.
@@ -84,14 +88,16 @@ impl Inputs {
     /// Adds a second term of 8 bits that holds what quantisation left over, so that products are as
     /// exact as with 15 bits, at twice the arithmetic and the same weight bytes.
     pub fn refine(&mut self, on: Compute<'_>) {
-        self.residual.reshape(self.rows, self.cols);
+        assert!(!self.two_terms, "refined already");
+        self.q8.add_rows(self.rows);
         self.two_terms = true;
         let mut left = [0f32; REFINE_COLS];
         for r in 0..self.rows {
-            let (values, mut to) = (&self.f32[r * self.cols..][..self.cols], self.residual.row_mut(r));
+            let values = &self.f32[r * self.cols..][..self.cols];
             for (i, values) in values.chunks(REFINE_COLS).enumerate() {
                 let left = &mut left[..values.len()];
                 self.q8.row(r).residual(i * REFINE_COLS, values, left);
+                let mut to = self.q8.row_mut(self.rows + r);
                 on.kernels.quantize(left, to.part(i * REFINE_COLS, values.len()));
             }
         }

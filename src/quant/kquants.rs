@@ -1,7 +1,8 @@
 //! Super-blocks of 256 weights whose group scales are quantised themselves: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
 
 use super::block::*;
-use super::fit::{self, nearest};
+use super::fit::{self, Affine, nearest};
+use super::legacy::{inverse, signed_max};
 
 /// Weights of a super-block.
 const LEN: usize = 256;
@@ -130,93 +131,242 @@ pub(super) fn unpack_q6_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], _min: &
     }
 }
 
-/// The codes of all groups for scales and mins as a reader will see them: `x ~ scale * (q - zero) + min`.
-fn codes(x: &[f32], scale: &[f32], min: &[f32], zero: i32, top: i32) -> [u8; LEN] {
-    let group = LEN / scale.len();
-    std::array::from_fn(|i| {
-        let g = i / group;
-        let inverse = super::legacy::inverse(scale[g]);
-        let shifted = x[i] - min.get(g).copied().unwrap_or(0.0);
-        nearest(shifted * inverse + zero as f32, 0, top) as u8
-    })
-}
-
-/// Fits `G` groups with minimum and quantises the fits to `0..=levels`.
-/// Returns `d`, `dmin` and the integer scales and mins.
-fn affine_scales<const G: usize>(x: &[f32], top: i32, levels: i32) -> ([u8; 2], [u8; 2], [u8; G], [u8; G]) {
-    let fits: [_; G] = std::array::from_fn(|g| fit::affine(&x[g * LEN / G..(g + 1) * LEN / G], top));
-    let (d, scale) = quantise_positive(fits.map(|f| f.0), levels);
-    let (dmin, min) = quantise_positive(fits.map(|f| f.1), levels);
-    (d, dmin, scale, min)
-}
-
-fn quantise_positive<const G: usize>(v: [f32; G], levels: i32) -> ([u8; 2], [u8; G]) {
-    let d = f32_to_f16(v.iter().fold(0.0f32, |m, &v| m.max(v)) / levels as f32);
-    let inverse = super::legacy::inverse(f16_to_f32(d));
-    (d, v.map(|v| nearest(v * inverse, 0, levels) as u8))
-}
-
-/// Fits `G` groups around zero with codes in `-zero..zero` and quantises the scales to `-limit..limit`.
-fn symmetric_scales<const G: usize>(x: &[f32], zero: i32, limit: i32) -> ([u8; 2], [i8; G]) {
-    let level = |v| nearest(v, -zero, zero - 1) as f32;
-    let fits: [_; G] =
-        std::array::from_fn(|g| fit::symmetric(&x[g * LEN / G..(g + 1) * LEN / G], -zero as f32, level));
-    quantise_signed(fits, limit)
-}
-
-/// Quantises scales to `-limit..limit`; the largest one maps to `-limit` and is met exactly.
-pub(super) fn quantise_signed<const G: usize>(v: [f32; G], limit: i32) -> ([u8; 2], [i8; G]) {
-    let d = f32_to_f16(super::legacy::signed_max(&v) / -limit as f32);
-    let inverse = super::legacy::inverse(f16_to_f32(d));
-    (d, v.map(|v| nearest(v * inverse, -limit, limit - 1) as i8))
-}
-
-pub(super) fn quantize_q2_k(x: &[f32], out: &mut [u8]) {
-    let (d, dmin, scale, min) = affine_scales::<16>(x, 3, 15);
-    let scales = std::array::from_fn(|g| scale[g] | min[g] << 4);
-    let q = affine_codes(x, d, dmin, &scale, &min, 3);
-    BlockQ2K { scales, qs: pack_two_bits(&q), d, dmin }.write(out);
-}
-
-fn affine_codes<const G: usize>(
-    x: &[f32],
+/// A super-block of groups with minimum, before it is packed: `x ~ d * scale * q - dmin * min`.
+struct AffineBlock<const G: usize> {
     d: [u8; 2],
     dmin: [u8; 2],
-    scale: &[u8; G],
-    min: &[u8; G],
-    top: i32,
-) -> [u8; LEN] {
-    let (d, dmin) = (f16_to_f32(d), f16_to_f32(dmin));
-    codes(x, &scale.map(|s| d * f32::from(s)), &min.map(|m| -dmin * f32::from(m)), 0, top)
+    scale: [u8; G],
+    min: [u8; G],
+    error: f32,
 }
 
-pub(super) fn quantize_q3_k(x: &[f32], out: &mut [u8]) {
-    let (d, scale) = symmetric_scales::<16>(x, 4, 32);
-    let q = codes(x, &scale.map(|s| f16_to_f32(d) * f32::from(s)), &[], 4, 7);
-    let scales = pack_scales_q3(&scale.map(|s| (s + 32) as u8));
-    BlockQ3K { hmask: pack_one_bit(&q, 2), qs: pack_two_bits(&q), scales, d }.write(out);
+/// The range of codes, and that of the integers that scales and mins are stored in.
+#[derive(Clone, Copy)]
+struct Levels {
+    code: f32,
+    scale: f32,
 }
 
-pub(super) fn quantize_q4_k(x: &[f32], out: &mut [u8]) {
-    let (d, dmin, scale, min) = affine_scales::<8>(x, 15, 63);
-    let q = affine_codes(x, d, dmin, &scale, &min, 15);
-    BlockQ4K { d, dmin, scales: pack_scale_min(&scale, &min), qs: pack_four_bits(&q) }.write(out);
+/// Rounds of choosing integers for the scale of the scales, and that scale for the integers.
+const ROUNDS: usize = 3;
+
+impl<const G: usize> AffineBlock<G> {
+    /// Fits every group, then finds a common `d` and `dmin`.
+    fn fit(x: &[f32], w: &[f32], levels: Levels) -> Self {
+        let fits: [Affine; G] =
+            std::array::from_fn(|g| fit::affine(group::<G>(x, g), group::<G>(w, g), levels.code));
+        let largest = |of: fn(&Affine) -> f32| fits.iter().map(of).fold(0f32, f32::max) / levels.scale;
+        let mut best = Self::with(x, w, levels, &fits, (largest(|f| f.scale), largest(|f| f.min)));
+        for _ in 0..ROUNDS {
+            let refitted = Self::with(x, w, levels, &fits, best.least_squares(x, w, levels));
+            if refitted.error < best.error {
+                best = refitted;
+            } else {
+                break; // with a NaN among the weights too
+            }
+        }
+        best
+    }
+
+    /// Rounds the fits to multiples of `d` and `dmin`.
+    fn with(x: &[f32], w: &[f32], levels: Levels, fits: &[Affine; G], (d, dmin): (f32, f32)) -> Self {
+        let (d, dmin) = (f32_to_f16(d), f32_to_f16(dmin));
+        let (mut scale, mut min, mut error) = ([0; G], [0; G], 0.0);
+        let unit = (f16_to_f32(d), f16_to_f32(dmin));
+        for g in 0..G {
+            let rounded = fits[g].rounded(group::<G>(x, g), group::<G>(w, g), levels, unit);
+            (scale[g], min[g]) = (rounded.0, rounded.1);
+            error += rounded.2;
+        }
+        Self { d, dmin, scale, min, error }
+    }
+
+    /// Scale and min of group `g`, as a reader sees them.
+    fn group(&self, g: usize) -> (f32, f32) {
+        let (d, dmin) = (f16_to_f32(self.d), f16_to_f32(self.dmin));
+        (d * f32::from(self.scale[g]), dmin * f32::from(self.min[g]))
+    }
+
+    /// The `d` and `dmin` with the smallest error for these integers and codes.
+    fn least_squares(&self, x: &[f32], w: &[f32], levels: Levels) -> (f32, f32) {
+        // Normal equations of sum w (d s q - dmin m - x)^2.
+        let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0, 0.0, 0.0, 0.0, 0.0);
+        for g in 0..G {
+            let (scale, min) = self.group(g);
+            let sums = fit::affine_sums(group::<G>(x, g), group::<G>(w, g), scale, min, levels.code);
+            let (s, m) = (f32::from(self.scale[g]), f32::from(self.min[g]));
+            aa += s * s * sums.qq;
+            ab += s * m * sums.q;
+            bb += m * m * sums.w;
+            ax += s * sums.qx;
+            bx += m * sums.x;
+        }
+        let det = aa * bb - ab * ab;
+        match det > 0.0 {
+            true => ((ax * bb - bx * ab) / det, (ax * ab - bx * aa) / det),
+            false => (ax / aa, f16_to_f32(self.dmin)), // no mins
+        }
+    }
+
+    fn codes(&self, x: &[f32], levels: Levels) -> [u8; LEN] {
+        let mut q = [0; LEN];
+        for (g, q) in q.chunks_exact_mut(LEN / G).enumerate() {
+            let (scale, min) = self.group(g);
+            let inverse = inverse(scale);
+            for (q, x) in q.iter_mut().zip(group::<G>(x, g)) {
+                *q = nearest((x + min) * inverse, 0.0, levels.code) as u8;
+            }
+        }
+        q
+    }
 }
 
-pub(super) fn quantize_q5_k(x: &[f32], out: &mut [u8]) {
-    let (d, dmin, scale, min) = affine_scales::<8>(x, 31, 63);
-    let q = affine_codes(x, d, dmin, &scale, &min, 31);
+impl Affine {
+    /// The integers for this fit in units of `d` and `dmin`, and their error. Where integers are few their roundings
+    /// are tried in pairs.
+    fn rounded(self, x: &[f32], w: &[f32], levels: Levels, (d, dmin): (f32, f32)) -> (u8, u8, f32) {
+        let near = |v: f32, unit: f32| nearest(v * inverse(unit), 0.0, levels.scale);
+        let (s, m) = (near(self.scale, d), near(self.min, dmin));
+        let error = |s: f32, m: f32| fit::affine_error(x, w, s * d, m * dmin, levels.code);
+        let mut best = (s, m, error(s, m));
+        if levels.scale == FEW {
+            for (s, m) in AROUND.map(|(ds, dm)| (s + ds, m + dm)) {
+                let inside = |v: f32| (0.0..=FEW).contains(&v);
+                let error = if inside(s) && inside(m) { error(s, m) } else { f32::INFINITY };
+                if error < best.2 {
+                    best = (s, m, error);
+                }
+            }
+        }
+        (best.0 as u8, best.1 as u8, best.2)
+    }
+}
+
+/// The largest scale and min of Q2_K.
+const FEW: f32 = 15.0;
+const AROUND: [(f32, f32); 8] =
+    [(-1.0, -1.0), (-1.0, 0.0), (-1.0, 1.0), (0.0, -1.0), (0.0, 1.0), (1.0, -1.0), (1.0, 0.0), (1.0, 1.0)];
+
+/// Group `g` of `G` of a super-block.
+#[inline(always)]
+fn group<const G: usize>(x: &[f32], g: usize) -> &[f32] {
+    &x[g * (LEN / G)..][..LEN / G]
+}
+
+/// A super-block of groups around zero: `x ~ d * scale * level(q)`.
+pub(super) struct SymmetricBlock<const G: usize> {
+    pub d: [u8; 2],
+    pub scale: [i8; G],
+    error: f32,
+}
+
+impl<const G: usize> SymmetricBlock<G> {
+    /// Fits every group to the levels that `level` rounds to, then finds a common `d`; scales are in
+    /// `-limit..limit`, and the largest one begins at `-limit`.
+    pub(super) fn fit(
+        x: &[f32],
+        w: &[f32],
+        limit: f32,
+        extreme: f32,
+        level: impl Fn(f32) -> f32 + Copy,
+    ) -> Self {
+        let fits: [f32; G] =
+            std::array::from_fn(|g| fit::symmetric(group::<G>(x, g), group::<G>(w, g), extreme, level));
+        let mut best = Self::with(x, w, limit, &fits, signed_max(&fits) / -limit, level);
+        for _ in 0..ROUNDS {
+            let refitted = Self::with(x, w, limit, &fits, best.least_squares(x, w, level), level);
+            if refitted.error < best.error {
+                best = refitted;
+            } else {
+                break; // with a NaN among the weights too
+            }
+        }
+        best
+    }
+
+    fn with(
+        x: &[f32],
+        w: &[f32],
+        limit: f32,
+        fits: &[f32; G],
+        d: f32,
+        level: impl Fn(f32) -> f32 + Copy,
+    ) -> Self {
+        let d = f32_to_f16(d);
+        let unit = inverse(f16_to_f32(d));
+        let scale = fits.map(|fit| nearest(fit * unit, -limit, limit - 1.0) as i8);
+        let mut block = Self { d, scale, error: 0.0 };
+        let error = |g| fit::symmetric_error(group::<G>(x, g), group::<G>(w, g), block.group(g), level);
+        block.error = (0..G).map(error).sum();
+        block
+    }
+
+    /// Scale of group `g`, as a reader sees it.
+    pub(super) fn group(&self, g: usize) -> f32 {
+        f16_to_f32(self.d) * f32::from(self.scale[g])
+    }
+
+    /// The `d` with the smallest error for these integers and codes.
+    fn least_squares(&self, x: &[f32], w: &[f32], level: impl Fn(f32) -> f32 + Copy) -> f32 {
+        let (mut xl, mut ll) = (0.0, 0.0);
+        for g in 0..G {
+            let [gxl, gll] =
+                fit::symmetric_sums(group::<G>(x, g), group::<G>(w, g), inverse(self.group(g)), level);
+            let s = f32::from(self.scale[g]);
+            xl += s * gxl;
+            ll += s * s * gll;
+        }
+        if ll > 0.0 { xl / ll } else { f16_to_f32(self.d) }
+    }
+
+    fn codes(&self, x: &[f32], zero: f32) -> [u8; LEN] {
+        let mut q = [0; LEN];
+        for (g, q) in q.chunks_exact_mut(LEN / G).enumerate() {
+            let inverse = inverse(self.group(g));
+            for (q, x) in q.iter_mut().zip(group::<G>(x, g)) {
+                *q = (nearest(x * inverse, -zero, zero - 1.0) + zero) as u8;
+            }
+        }
+        q
+    }
+}
+
+pub(super) fn quantize_q2_k(x: &[f32], w: &[f32], out: &mut [u8]) {
+    let levels = Levels { code: 3.0, scale: FEW };
+    let b = AffineBlock::<16>::fit(x, w, levels);
+    let scales = std::array::from_fn(|g| b.scale[g] | b.min[g] << 4);
+    BlockQ2K { scales, qs: pack_two_bits(&b.codes(x, levels)), d: b.d, dmin: b.dmin }.write(out);
+}
+
+pub(super) fn quantize_q3_k(x: &[f32], w: &[f32], out: &mut [u8]) {
+    let b = SymmetricBlock::<16>::fit(x, w, 32.0, -4.0, |v| nearest(v, -4.0, 3.0));
+    let q = b.codes(x, 4.0);
+    let scales = pack_scales_q3(&b.scale.map(|s| (s + 32) as u8));
+    BlockQ3K { hmask: pack_one_bit(&q, 2), qs: pack_two_bits(&q), scales, d: b.d }.write(out);
+}
+
+pub(super) fn quantize_q4_k(x: &[f32], w: &[f32], out: &mut [u8]) {
+    let levels = Levels { code: 15.0, scale: 63.0 };
+    let b = AffineBlock::<8>::fit(x, w, levels);
+    let (scales, qs) = (pack_scale_min(&b.scale, &b.min), pack_four_bits(&b.codes(x, levels)));
+    BlockQ4K { d: b.d, dmin: b.dmin, scales, qs }.write(out);
+}
+
+pub(super) fn quantize_q5_k(x: &[f32], w: &[f32], out: &mut [u8]) {
+    let levels = Levels { code: 31.0, scale: 63.0 };
+    let b = AffineBlock::<8>::fit(x, w, levels);
+    let q = b.codes(x, levels);
     let (qh, qs) = (pack_one_bit(&q, 4), pack_four_bits(&q));
-    BlockQ5K { d, dmin, scales: pack_scale_min(&scale, &min), qh, qs }.write(out);
+    BlockQ5K { d: b.d, dmin: b.dmin, scales: pack_scale_min(&b.scale, &b.min), qh, qs }.write(out);
 }
 
-pub(super) fn quantize_q6_k(x: &[f32], out: &mut [u8]) {
-    let (d, scale) = symmetric_scales::<16>(x, 32, 128);
-    let q = codes(x, &scale.map(|s| f16_to_f32(d) * f32::from(s)), &[], 32, 63);
+pub(super) fn quantize_q6_k(x: &[f32], w: &[f32], out: &mut [u8]) {
+    let b = SymmetricBlock::<16>::fit(x, w, 128.0, -32.0, |v| nearest(v, -32.0, 31.0));
+    let q = b.codes(x, 32.0);
     let ql = std::array::from_fn(|b| {
         let i = 128 * (b / 64) + b % 64;
         q[i] & 15 | q[i + 64] << 4
     });
     let qh = pack_two_bits(&q.map(|q| q >> 4));
-    BlockQ6K { ql, qh, scales: scale.map(|s| s as u8), d }.write(out);
+    BlockQ6K { ql, qh, scales: b.scale.map(|s| s as u8), d: b.d }.write(out);
 }

@@ -1,8 +1,10 @@
 //! Blocks of 32 weights with an f16 scale and perhaps an f16 minimum: Q8_0, Q4_0, Q4_1, Q5_0, Q5_1.
 //!
-//! The quantisers do ggml's reference arithmetic step by step, so their bytes are equal to its.
+//! The quantisers do ggml's reference arithmetic step by step, so their bytes are equal to its. Where errors are
+//! weighed (`w`), they search for the scale instead.
 
 use super::block::*;
+use super::fit::{self, nearest};
 
 /// Weights of a block.
 const LEN: usize = 32;
@@ -111,22 +113,44 @@ pub(super) fn quantize_q8_0(x: &[f32], out: &mut [u8]) {
     BlockQ8_0 { d: f32_to_f16(d), qs }.write(out);
 }
 
-pub(super) fn quantize_q4_0(x: &[f32], out: &mut [u8]) {
-    let (d, q) = symmetric(x, 16);
+/// [`symmetric`] with the smallest weighed error.
+fn symmetric_weighed(x: &[f32], w: &[f32], levels: u8) -> (f32, [u8; LEN]) {
+    let half = f32::from(levels / 2);
+    let d = rounded(fit::symmetric(x, w, -half, |v| nearest(v, -half, half - 1.0)));
+    let id = inverse(d);
+    (d, std::array::from_fn(|i| (nearest(x[i] * id, -half, half - 1.0) + half) as u8))
+}
+
+/// [`affine`] with the smallest weighed error.
+fn affine_weighed(x: &[f32], w: &[f32], levels: u8) -> (f32, f32, [u8; LEN]) {
+    let top = f32::from(levels - 1);
+    let fit = fit::affine(x, w, top);
+    let (d, min) = (rounded(fit.scale), rounded(fit.min));
+    let id = inverse(d);
+    (d, -min, std::array::from_fn(|i| nearest((x[i] + min) * id, 0.0, top) as u8))
+}
+
+/// As a reader will see it.
+fn rounded(x: f32) -> f32 {
+    f16_to_f32(f32_to_f16(x))
+}
+
+pub(super) fn quantize_q4_0(x: &[f32], w: Option<&[f32]>, out: &mut [u8]) {
+    let (d, q) = w.map_or_else(|| symmetric(x, 16), |w| symmetric_weighed(x, w, 16));
     BlockQ4_0 { d: f32_to_f16(d), qs: pack_nibbles(&q) }.write(out);
 }
 
-pub(super) fn quantize_q4_1(x: &[f32], out: &mut [u8]) {
-    let (d, m, q) = affine(x, 16);
+pub(super) fn quantize_q4_1(x: &[f32], w: Option<&[f32]>, out: &mut [u8]) {
+    let (d, m, q) = w.map_or_else(|| affine(x, 16), |w| affine_weighed(x, w, 16));
     BlockQ4_1 { d: f32_to_f16(d), m: f32_to_f16(m), qs: pack_nibbles(&q) }.write(out);
 }
 
-pub(super) fn quantize_q5_0(x: &[f32], out: &mut [u8]) {
-    let (d, q) = symmetric(x, 32);
+pub(super) fn quantize_q5_0(x: &[f32], w: Option<&[f32]>, out: &mut [u8]) {
+    let (d, q) = w.map_or_else(|| symmetric(x, 32), |w| symmetric_weighed(x, w, 32));
     BlockQ5_0 { d: f32_to_f16(d), qh: fifth_bits(&q), qs: pack_nibbles(&q) }.write(out);
 }
 
-pub(super) fn quantize_q5_1(x: &[f32], out: &mut [u8]) {
-    let (d, m, q) = affine(x, 32);
+pub(super) fn quantize_q5_1(x: &[f32], w: Option<&[f32]>, out: &mut [u8]) {
+    let (d, m, q) = w.map_or_else(|| affine(x, 32), |w| affine_weighed(x, w, 32));
     BlockQ5_1 { d: f32_to_f16(d), m: f32_to_f16(m), qh: fifth_bits(&q), qs: pack_nibbles(&q) }.write(out);
 }

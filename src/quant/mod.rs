@@ -154,33 +154,72 @@ fn dequantize_quantised(ty: GgmlType, bytes: &[u8], out: &mut [f32]) {
 /// Encodes `src` (a whole number of blocks) as `ty`.
 ///
 /// F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0 and Q5_1 give the bytes of ggml's reference quantisers. The
-/// K-quants and the IQ4 types are valid and close, but search less than ggml does.
+/// K-quants and the IQ4 types search for the scales that leave the smallest error, as ggml does.
 ///
 /// Values that are not finite make no sense in a block; they give some bytes and never a panic.
 ///
 /// # Panics
 /// If `out` is not exactly as long as `src.len()` weights of this type need.
 pub fn quantize_row(ty: GgmlType, src: &[f32], out: &mut [u8]) {
+    quantize_row_weighed(ty, src, None, out);
+}
+
+/// [`quantize_row`], where the error of each weight counts as much as `importance` says (the mean square of the
+/// activation that it is multiplied with). The float types and Q8_0 make no use of it.
+///
+/// # Panics
+/// As [`quantize_row`]; if there are not as many importances as weights.
+pub fn quantize_row_weighed(ty: GgmlType, src: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
     assert_row(ty, out.len(), src.len());
-    let quantize: fn(&[f32], &mut [u8]) = match ty {
+    if let Some(importance) = importance {
+        assert_eq!(importance.len(), src.len(), "{ty}: importances of {} weights", src.len());
+    }
+    match ty {
         F32 => return float::encode_f32(src, out),
         F16 => return float::encode_f16(src, out),
         BF16 => return float::encode_bf16(src, out),
-        Q8_0 => legacy::quantize_q8_0,
-        Q4_0 => legacy::quantize_q4_0,
-        Q4_1 => legacy::quantize_q4_1,
-        Q5_0 => legacy::quantize_q5_0,
-        Q5_1 => legacy::quantize_q5_1,
-        Q2_K => kquants::quantize_q2_k,
-        Q3_K => kquants::quantize_q3_k,
-        Q4_K => kquants::quantize_q4_k,
-        Q5_K => kquants::quantize_q5_k,
-        Q6_K => kquants::quantize_q6_k,
-        IQ4_NL => iq4::quantize_iq4_nl,
-        IQ4_XS => iq4::quantize_iq4_xs,
-    };
-    for (src, block) in src.chunks_exact(ty.block_len()).zip(out.chunks_exact_mut(ty.block_bytes())) {
-        quantize(src, block);
+        _ => {}
+    }
+    let mut weights = [0.0; MAX_BLOCK_LEN];
+    let weights = &mut weights[..ty.block_len()];
+    let blocks = src.chunks_exact(ty.block_len()).zip(out.chunks_exact_mut(ty.block_bytes()));
+    for (i, (src, block)) in blocks.enumerate() {
+        let importance = importance.map(|all| &all[i * ty.block_len()..][..ty.block_len()]);
+        quantize_block(ty, src, importance, weights, block);
+    }
+}
+
+/// Encodes one block; `w` has room for the weights of its errors.
+fn quantize_block(ty: GgmlType, x: &[f32], importance: Option<&[f32]>, w: &mut [f32], out: &mut [u8]) {
+    if ty.block_len() == MAX_BLOCK_LEN || ty == IQ4_NL {
+        weigh(x, importance, w); // the others search only where importances are given
+    }
+    match ty {
+        F32 | F16 | BF16 => panic!("{ty} has no blocks"),
+        Q8_0 => legacy::quantize_q8_0(x, out),
+        Q4_0 => legacy::quantize_q4_0(x, importance, out),
+        Q4_1 => legacy::quantize_q4_1(x, importance, out),
+        Q5_0 => legacy::quantize_q5_0(x, importance, out),
+        Q5_1 => legacy::quantize_q5_1(x, importance, out),
+        Q2_K => kquants::quantize_q2_k(x, w, out),
+        Q3_K => kquants::quantize_q3_k(x, w, out),
+        Q4_K => kquants::quantize_q4_k(x, w, out),
+        Q5_K => kquants::quantize_q5_k(x, w, out),
+        Q6_K => kquants::quantize_q6_k(x, w, out),
+        IQ4_NL => iq4::quantize_iq4_nl(x, w, out),
+        IQ4_XS => iq4::quantize_iq4_xs(x, w, out),
+    }
+}
+
+/// How much the error of each weight of a block counts: its importance, or where that is not known, large weights
+/// somewhat more than small ones (docs/quantisation.md has what was tried).
+fn weigh(x: &[f32], importance: Option<&[f32]>, w: &mut [f32]) {
+    if let Some(importance) = importance {
+        return w.copy_from_slice(importance);
+    }
+    let mean = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+    for (w, x) in w.iter_mut().zip(x) {
+        *w = (mean + x * x).sqrt();
     }
 }
 

@@ -123,6 +123,11 @@ impl Weights {
         self.shards.iter().flat_map(|s| &s.gguf.tensors)
     }
 
+    /// Every tensor with the path of the file that holds it, in file order.
+    pub fn located_tensors(&self) -> impl Iterator<Item = (&Path, &TensorInfo)> {
+        self.shards.iter().flat_map(|s| s.gguf.tensors.iter().map(|t| (s.path.as_path(), t)))
+    }
+
     /// Bytes of all files.
     pub fn file_bytes(&self) -> u64 {
         self.shards.iter().map(|s| s.bytes.len() as u64).sum()

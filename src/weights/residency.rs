@@ -118,8 +118,7 @@ fn share(n: usize, job: impl Fn(usize, &mut Vec<u8>) -> io::Result<()> + Sync) -
         let threads: Vec<_> = (0..READERS.min(n)).map(|_| scope.spawn(work)).collect();
         threads
             .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
-            .collect()
+            .try_for_each(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)))
     })
 }
 

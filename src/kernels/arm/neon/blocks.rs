@@ -265,10 +265,11 @@ pub(in crate::kernels::arm) fn q2_k(b: &[u8; 84]) -> Super {
 #[inline]
 #[target_feature(enable = "neon")]
 pub(in crate::kernels::arm) fn q3_k(b: &[u8; 110]) -> Super {
+    let scales = scales_q3_k(part::<96, 12>(b));
     let d = half::<108>(b);
     Super {
         q: add_bits::<2>(crumbs(part::<32, 64>(b)), part::<0, 32>(b)),
-        scale: scales_q3_k(part::<96, 12>(b)).map(|s| d * (f32::from(s) - 32.0)),
+        scale: std::array::from_fn(|g| d * (f32::from((scales[g / 4] >> (g % 4 * 8)) as u8) - 32.0)),
         min: [0.0; 16],
     }
 }

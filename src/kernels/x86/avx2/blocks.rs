@@ -331,10 +331,10 @@ pub(in crate::kernels::x86) fn q2_k(b: &[u8; 84]) -> Super {
 pub(in crate::kernels::x86) fn q3_k(b: &[u8; 110]) -> Super {
     let bits = load32(part::<0, 32>(b)); // bit `i` of byte `j`: the third bit of weight `32 i + j`
     let q = crumbs(part::<32, 64>(b));
-    let scales = scales_q3_k(part::<96, 12>(b));
+    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b)).map(|word| word as i32);
     let d = _mm256_set1_ps(half(word::<108>(b)));
     let floats = |b| {
-        let scale = _mm256_sub_epi32(_mm256_cvtepu8_epi32(load8(b)), _mm256_set1_epi32(32));
+        let scale = _mm256_sub_epi32(_mm256_cvtepu8_epi32(b), _mm256_set1_epi32(32));
         _mm256_mul_ps(_mm256_cvtepi32_ps(scale), d)
     };
     Super {
@@ -348,7 +348,7 @@ pub(in crate::kernels::x86) fn q3_k(b: &[u8; 110]) -> Super {
             _mm256_or_si256(q[6], bit::<6, 2>(bits)),
             _mm256_or_si256(q[7], bit::<7, 2>(bits)),
         ],
-        scale: [floats(part::<0, 8>(&scales)), floats(part::<8, 8>(&scales))],
+        scale: [floats(_mm_setr_epi32(s0, s1, 0, 0)), floats(_mm_setr_epi32(s2, s3, 0, 0))],
         min: [_mm256_setzero_ps(); 2],
     }
 }

@@ -216,16 +216,22 @@ pub(in crate::kernels::x86) fn prefetch<const N: usize>(step: &[u8; N], ahead: u
 /// activations and `$step(bytes, acts, acc)` adds their products.
 macro_rules! dot_rows {
     ($features:literal, $name:ident, $bytes:literal, $acts:expr, $step:expr) => {
+        // Not inlined: one function for all types would run out of registers.
+        #[inline(never)]
         #[target_feature(enable = $features)]
         fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
             #[inline]
             #[target_feature(enable = $features)]
-            fn rows<const R: usize>(rows: [&[u8]; R], row_bytes: usize, x: &Q8Row<'_>) -> [f32; R] {
-                let (steps, tails) =
-                    (rows.map(|r| r.as_chunks::<$bytes>().0), rows.map(|r| r.as_chunks::<$bytes>().1));
+            fn rows<const R: usize>(w: &[u8], row_bytes: usize, x: &Q8Row<'_>) -> [f32; R] {
+                // Loops, not `array::map`: the standard library is compiled without these features, so
+                // closures with intrinsics are not inlined into it.
+                let (whole, tail) = (row_bytes / $bytes, row_bytes % $bytes);
+                let mut steps = [[].as_slice(); R];
+                for r in 0..R {
+                    steps[r] = &w[r * row_bytes..][..row_bytes].as_chunks::<$bytes>().0[..whole];
+                }
                 let mut acc = [_mm256_setzero_ps(); R];
-                let n = steps[0].len();
-                for s in 0..n {
+                for s in 0..whole {
                     let a = $acts(x, s);
                     for r in 0..R {
                         // The next rows lie behind these: fetched in the order of the file, so that
@@ -234,26 +240,30 @@ macro_rules! dot_rows {
                         acc[r] = $step(&steps[r][s], &a, acc[r]);
                     }
                 }
-                if !tails[0].is_empty() {
+                if tail > 0 {
                     // Fewer blocks than a step takes: zeros for the rest.
-                    let a = $acts(x, n);
+                    let a = $acts(x, whole);
                     for r in 0..R {
                         let mut padded = [0u8; $bytes];
-                        padded[..tails[r].len()].copy_from_slice(tails[r]);
+                        padded[..tail].copy_from_slice(&w[r * row_bytes + whole * $bytes..][..tail]);
                         acc[r] = $step(&padded, &a, acc[r]);
                     }
                 }
-                acc.map(|acc| sum_lanes(acc))
-            }
-            let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
-            for (w, out) in groups {
-                if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), row_bytes, &x);
-                } else {
-                    for (w, out) in w.chunks_exact(row_bytes).zip(out) {
-                        [*out] = rows([w], row_bytes, &x);
-                    }
+                let mut sums = [0f32; R];
+                for r in 0..R {
+                    sums[r] = sum_lanes(acc[r]);
                 }
+                sums
+            }
+            let mut groups = weights.chunks_exact(ROWS * row_bytes);
+            let mut done = 0;
+            for w in &mut groups {
+                out[done..done + ROWS].copy_from_slice(&rows::<ROWS>(w, row_bytes, &x));
+                done += ROWS;
+            }
+            for w in groups.remainder().chunks_exact(row_bytes) {
+                [out[done]] = rows(w, row_bytes, &x);
+                done += 1;
             }
         }
     };
@@ -343,7 +353,7 @@ macro_rules! instantiate {
             #[inline]
             #[target_feature(enable = $features)]
             fn step_groups16<const MIN: bool>(w: &Super, a: &Acts8, mut acc: __m256) -> __m256 {
-                let scale = [0, 1].map(|h| _mm256_mul_ps(w.scale[h], a.scale[h]));
+                let scale = [_mm256_mul_ps(w.scale[0], a.scale[0]), _mm256_mul_ps(w.scale[1], a.scale[1])];
                 for i in 0..8 {
                     let sum = _mm256_cvtepi32_ps(add(a.start[i], w.q[i], a.q[i]));
                     acc = _mm256_fmadd_ps(sum, spread(scale[i / 4], &SPREAD_16[i % 4]), acc);

@@ -225,21 +225,42 @@ pub(super) fn q5_1(b: &[u8; 96]) -> Four {
     }
 }
 
-/// Unlike the others, `low` holds blocks A and B whole, `high` blocks C and D, and `scale` the four
-/// scales in its first four lanes.
+/// Four blocks of Q8_0 in the order of the row, 128 greater than the file has them, and their scales
+/// in each of the block's lanes.
+pub(super) struct Q8 {
+    pub q: [__m512i; 2],
+    pub scale: [__m512; 2],
+}
+
+/// Word `17 * i` is the scale of block `i`: those of `first` and the one behind, eight times each.
+const fn q8_scales(first: u16) -> [u16; 32] {
+    let mut index = [0; 32];
+    let mut i = 0;
+    while i < 16 {
+        index[i] = 17 * (first + i as u16 / 8);
+        i += 1;
+    }
+    index
+}
+
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn q8_0(b: &[u8; 136]) -> Four {
-    let two = |a, b| _mm512_inserti64x4(_mm512_castsi256_si512(load32(a)), load32(b), 1);
-    let unsigned = |q| _mm512_xor_si512(q, _mm512_set1_epi8(-128));
-    let scales = [word::<0>(b), word::<34>(b), word::<68>(b), word::<102>(b)];
-    let bits = scales.iter().rev().fold(0u64, |bits, &s| bits << 16 | u64::from(s));
-    let scale = _mm512_cvtph_ps(_mm256_zextsi128_si256(_mm_cvtsi64_si128(bits as i64)));
-    Four {
-        low: unsigned(two(part::<2, 32>(b), part::<36, 32>(b))),
-        high: unsigned(two(part::<70, 32>(b), part::<104, 32>(b))),
-        scale,
-        min: _mm512_setzero_ps(),
+pub(super) fn q8_0(b: &[u8; 136]) -> Q8 {
+    const SCALES: [[u16; 32]; 2] = [q8_scales(0), q8_scales(2)];
+    let (z0, z1) = (load64(part::<0, 64>(b)), load64(part::<64, 64>(b)));
+    let scale = |i: usize| {
+        let halves = _mm512_permutex2var_epi16(z0, words(&SCALES[i]), z1);
+        _mm512_cvtph_ps(_mm512_castsi512_si256(halves))
+    };
+    // The second block's half from two bytes on: a masked load instead of a shuffle.
+    let two = |first: &[u8; 64], second: &[u8; 64]| {
+        // SAFETY: 64 readable bytes; the load has no alignment.
+        let q = unsafe { _mm512_mask_loadu_epi64(load64(first), 0xf0, second.as_ptr().cast()) };
+        _mm512_xor_si512(q, _mm512_set1_epi8(-128))
+    };
+    Q8 {
+        q: [two(part::<2, 64>(b), part::<4, 64>(b)), two(part::<70, 64>(b), part::<72, 64>(b))],
+        scale: [scale(0), scale(1)],
     }
 }
 
@@ -352,8 +373,9 @@ pub(super) fn q3_k(b: &[u8; 110]) -> Super {
         _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, select), q, _mm512_set1_epi8(4))
     };
     let q = crumbs(part::<32, 64>(b));
-    let scales = scales_q3_k(part::<96, 12>(b));
-    let scale = _mm512_sub_epi32(_mm512_cvtepu8_epi32(load16(&scales)), _mm512_set1_epi32(32));
+    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b)).map(|word| word as i32);
+    let scale = _mm512_cvtepu8_epi32(_mm_setr_epi32(s0, s1, s2, s3));
+    let scale = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
     let d = _mm512_set1_ps(half(word::<108>(b)));
     Super {
         q: [

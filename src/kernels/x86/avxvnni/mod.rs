@@ -14,6 +14,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions {
         quantize: avx2::quantize,
         dot,
+        dot_tokens: None,
         unpack: avx2::dot::unpack,
         interleave: avx2::gemm::interleave,
         gemm,
@@ -72,6 +73,7 @@ pub(in crate::kernels) mod evex {
         functions: Functions {
             quantize: avx2::quantize,
             dot,
+            dot_tokens: None,
             unpack: avx2::dot::unpack,
             interleave: avx2::gemm::interleave,
             gemm,

@@ -1,0 +1,207 @@
+//! Checkpoints that transformers made, converted: the same ids and the same logits.
+
+mod common;
+
+use std::path::Path;
+use std::process::Command;
+
+use common::{arg, data, error, note_skip, ok};
+use skiff::gguf::{GgmlType, Gguf};
+use skiff::model::{FfnStep, KvType, State};
+use skiff::session::Engine;
+use skiff::skip::Never;
+use skiff::tokenizer::EncodeOptions;
+
+const MODELS: [&str; 3] = ["llama", "qwen2", "mistral"];
+
+/// Bounds of the differences of logits, as root mean square and at most, in units of the root mean square of all. Both
+/// sides compute in f32 with keys and values rounded to f16, so that nothing differs but the order of sums: some 3e-6.
+/// But where that tips the rounding of a single key or value, some logits move by up to a thousandth.
+const TOLERANCE: f32 = 1e-4;
+const TIPPED: f32 = 2e-3;
+
+/// Converts a checkpoint to F32 and compares with what is expected beside it.
+fn check(checkpoint: &Path) {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model.gguf");
+    ok(&["hf", arg(checkpoint), "-o", arg(&out), "--outtype", "F32"]);
+    let engine = Engine::load(&out, Some(1), None).unwrap();
+
+    let expected = std::fs::read(checkpoint.join("expected.json")).unwrap();
+    let expected: serde_json::Value = serde_json::from_slice(&expected).unwrap();
+    let mut first = Vec::new();
+    for (text, ids) in expected["texts"].as_array().unwrap().iter().zip(expected["ids"].as_array().unwrap()) {
+        let ids: Vec<u32> = ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+        // SentencePiece knows no control tokens in text.
+        let parse_special = checkpoint.join("tokenizer.json").is_file();
+        let options = EncodeOptions { add_special: true, parse_special };
+        let text = text.as_str().unwrap();
+        assert_eq!(engine.tokenizer().encode(text, options).unwrap(), ids, "{checkpoint:?} {text:?}");
+        if first.is_empty() {
+            first = ids;
+        }
+    }
+
+    let mut state =
+        State::new(engine.model(), engine.team(), (first.len(), first.len()), KvType::F16, Box::new(Never));
+    engine.model().forward(engine.compute(), &mut state, &first, FfnStep::Full).unwrap();
+    let mut got = vec![0.0; first.len() * engine.model().config().vocab];
+    engine.model().logits_of(engine.compute(), &mut state, 0..first.len(), &mut got);
+    let bytes = std::fs::read(checkpoint.join("expected.logits")).unwrap();
+    let want: Vec<f32> = bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    assert_eq!(got.len(), want.len());
+    let rms = (want.iter().map(|w| w * w).sum::<f32>() / want.len() as f32).sqrt();
+    let off = |g: &f32, w: &f32| if g.is_nan() { f32::INFINITY } else { (g - w).abs() / rms };
+    let off: Vec<f32> = got.iter().zip(&want).map(|(g, w)| off(g, w)).collect();
+    let mean = (off.iter().map(|d| d * d).sum::<f32>() / off.len() as f32).sqrt();
+    let most = off.iter().copied().fold(0.0, f32::max);
+    println!("{checkpoint:?}: {mean} in the mean, {most} at most");
+    assert!(mean < TOLERANCE && most < TIPPED, "{checkpoint:?}: {mean} in the mean, {most} at most");
+}
+
+#[test]
+fn logits_and_ids_are_those_of_transformers() {
+    for name in MODELS {
+        check(&data("hf").join(name));
+    }
+}
+
+/// The same with fresh random models, where Python has what it takes.
+#[test]
+fn logits_and_ids_are_those_of_transformers_now() {
+    let python = std::env::var("SKIFF_PYTHON").unwrap_or_else(|_| "python3".into());
+    let packages = "import torch, transformers, tokenizers, sentencepiece";
+    let there = Command::new(&python).args(["-c", packages]).output().is_ok_and(|o| o.status.success());
+    if !there {
+        return note_skip(&format!(
+            "Python with torch, transformers and sentencepiece ({python}; SKIFF_PYTHON sets another)"
+        ));
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let made = Command::new(&python)
+        .arg(root.join("tests/make_checkpoints.py"))
+        .args([root.join("../../tests/data/alice.txt").as_path(), folder.path()])
+        .arg("2")
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for name in MODELS {
+        check(&folder.path().join(name));
+    }
+}
+
+#[test]
+fn metadata_is_what_the_converter_of_llama_cpp_writes() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model.gguf");
+    ok(&["hf", arg(&data("hf/llama")), "-o", arg(&out), "--outtype", "Q8_0"]);
+    let bytes = std::fs::read(&out).unwrap();
+    let gguf = Gguf::parse(&bytes).unwrap();
+    let meta = &gguf.metadata;
+    for (key, value) in [
+        ("llama.block_count", 2),
+        ("llama.context_length", 512),
+        ("llama.embedding_length", 32),
+        ("llama.feed_forward_length", 64),
+        ("llama.attention.head_count", 4),
+        ("llama.attention.head_count_kv", 2),
+        ("llama.vocab_size", 320),
+        ("llama.rope.dimension_count", 8),
+        ("general.file_type", 7),
+        ("general.quantization_version", 2),
+        ("tokenizer.ggml.bos_token_id", 0),
+        ("tokenizer.ggml.eos_token_id", 1),
+    ] {
+        assert_eq!(meta.u32(key), Ok(value), "{key}");
+    }
+    assert_eq!(meta.str("general.architecture"), Ok("llama"));
+    assert_eq!(meta.str("tokenizer.ggml.model"), Ok("gpt2"));
+    assert_eq!(meta.str("tokenizer.ggml.pre"), Ok("llama-bpe"));
+    assert_eq!(meta.bool("tokenizer.ggml.add_bos_token"), Ok(true));
+    assert!(meta.str("tokenizer.chat_template").unwrap().starts_with("{{ bos_token }}"));
+    assert_eq!(meta.f32("llama.rope.freq_base"), Ok(10_000.0));
+    assert_eq!(gguf.tensor("rope_freqs.weight").unwrap().shape, [4]);
+    assert_eq!(gguf.tensor("blk.1.attn_q.weight").unwrap().ty, GgmlType::Q8_0);
+    assert_eq!(gguf.tensor("blk.1.attn_norm.weight").unwrap().ty, GgmlType::F32);
+}
+
+/// A checkpoint in a folder of its own, to be spoilt.
+fn copy(name: &str) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(data("hf").join(name)).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    folder
+}
+
+fn fails(folder: &Path, expected: &str) {
+    let out = folder.join("out.gguf");
+    let message = error(&["hf", arg(folder), "-o", arg(&out)]);
+    assert!(message.contains(expected), "{message}");
+    assert!(!out.exists() && !folder.join("out.gguf.unfinished").exists(), "{expected}: something was left");
+}
+
+#[test]
+fn what_is_missing_or_foreign_is_named() {
+    let folder = copy("qwen2");
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("pytorch_model.bin"))
+        .unwrap();
+    fails(folder.path(), "PyTorch pickle");
+
+    let edit = |file: &str, from: &str, to: &str, expected: &str| {
+        let folder = copy("llama");
+        let path = folder.path().join(file);
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.contains(from), "{file} has {from}");
+        std::fs::write(&path, text.replacen(from, to, 1)).unwrap();
+        fails(folder.path(), expected);
+    };
+    edit("config.json", "LlamaForCausalLM", "T5Model", "\"architectures\" is \"T5Model\"");
+    edit("config.json", "\"hidden_size\": 32", "\"hidden_size\": 64", "is of shape");
+    edit("config.json", "\"hidden_size\": 32", "\"hidden_size\": -1", "\"hidden_size\" is -1");
+    edit(
+        "config.json",
+        "\"num_hidden_layers\": 2",
+        "\"num_hidden_layers\": 3",
+        "\"model.layers.2.input_layernorm.weight\" is missing",
+    );
+    edit("config.json", "\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1", "has no place");
+    edit("config.json", "silu", "gelu", "only silu");
+    edit("config.json", "llama3", "longrope", "\"rope_type\" is \"longrope\"");
+    edit("config.json", "{", "[", "config.json");
+    edit("tokenizer.json", "BPE", "WordPiece", "only BPE");
+    edit("tokenizer.json", "{1,3}", "{1,4}", "--pre NAME");
+    edit("model.safetensors.index.json", "model-00001", "../model-00001", "no file of this directory");
+}
+
+/// Not every byte is checked (weights may be anything), but none may crash it.
+#[test]
+fn spoilt_safetensors_are_errors() {
+    let folder = copy("qwen2");
+    let path = folder.path().join("model.safetensors");
+    let whole = std::fs::read(&path).unwrap();
+    let out = folder.path().join("out.gguf");
+    let options = || skiff_convert::hf::HfOptions {
+        recipe: skiff_convert::recipe::Recipe::new(skiff_convert::recipe::Mix::Only(GgmlType::F16)),
+        imatrix: None,
+        pre: None,
+        quiet: true,
+    };
+    let convert = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        skiff_convert::hf::convert(folder.path(), &out, &options())
+    };
+    for end in (0..whole.len()).step_by(997).chain(0..20) {
+        assert!(convert(&whole[..end]).is_err(), "cut at {end}");
+    }
+    for at in (0..2000).step_by(7) {
+        for bits in [0x01, 0x80, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= bits;
+            let _ = convert(&bytes); // no panic
+        }
+    }
+    convert(&whole).unwrap();
+}
