@@ -126,6 +126,15 @@ impl<T: Pod> DerefMut for Pages<T> {
     }
 }
 
+/// Drops a file that has been written and synced from the page cache. There it lies in small pages, and would stay so;
+/// brought in anew by `weights`, it comes in huge ones.
+pub fn leave_page_cache(file: &std::fs::File) {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed);
+    #[cfg(not(target_os = "linux"))]
+    let _ = file;
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

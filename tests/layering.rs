@@ -29,7 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["model", "weights", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"],
     ),
     ("eval", &["session", "model", "ops", "weights", "kernels", "machine", "tokenizer", "skip", "threads"]),
-    ("pull", &[]),
+    ("pull", &["memory"]),
     ("serve", &["session", "model", "tokenizer", "sampler", "skip", "chat"]),
     ("cli", ALL),
 ];

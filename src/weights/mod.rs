@@ -156,7 +156,7 @@ impl Weights {
                 shard.own(options.mlock, &done)?;
                 continue;
             }
-            residency::touch(&shard.file, &parts, &done).map_err(io)?;
+            residency::touch(&shard.bytes, &shard.file, &parts, &done).map_err(io)?;
             if let (Bytes::Mapped(map), true) = (&*shard.bytes, options.mlock) {
                 locked(&shard.path.display().to_string(), map.len(), lock::lock(map))?;
             }
@@ -252,7 +252,12 @@ impl Shard {
 fn map(file: &File) -> io::Result<Bytes> {
     // SAFETY: the map is read-only and its bytes are only ever read as integers, for which every
     // bit pattern is valid. The file changing underneath is the documented limit of this module.
-    unsafe { Mmap::map(file) }.map(Bytes::Mapped)
+    let map = unsafe { Mmap::map(file) }?;
+    // A huge page saves 512 page-table walks a pass (on SmolLM2 a fifth of decoding). It takes a file system with large
+    // folios, and pages that are not in the page cache yet: these are brought in as huge ones and stay so.
+    #[cfg(target_os = "linux")]
+    let _ = map.advise(memmap2::Advice::HugePage);
+    Ok(Bytes::Mapped(map))
 }
 
 impl Tensor {

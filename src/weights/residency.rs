@@ -85,17 +85,35 @@ pub(super) fn read(file: &File, parts: &[Range<usize>], to: &mut [u8], done: &Do
     })
 }
 
-/// Reads `parts` of the file for the page cache's sake alone.
-pub(super) fn touch(file: &File, parts: &[Range<usize>], done: &Done<'_>) -> io::Result<()> {
+/// Brings `parts` of the file into the page cache.
+pub(super) fn touch(bytes: &Bytes, file: &File, parts: &[Range<usize>], done: &Done<'_>) -> io::Result<()> {
     share(parts.len(), |i, buffer| {
         for from in parts[i].clone().step_by(HUGE_PAGE) {
             let n = HUGE_PAGE.min(parts[i].end - from);
-            buffer.resize(n, 0);
-            read_at(file, buffer, from)?;
+            if !populate(bytes, from, n) {
+                // Reading tells what is wrong, where the map would end the process.
+                buffer.resize(n, 0);
+                read_at(file, buffer, from)?;
+            }
             done.add(n);
         }
         Ok(())
     })
+}
+
+/// Asks the system to bring in a part of a map, in huge pages where [`map`](super::map) asked for them: it allocates
+/// them for faults, not for reads.
+#[cfg(target_os = "linux")]
+fn populate(bytes: &Bytes, from: usize, n: usize) -> bool {
+    match bytes {
+        Bytes::Mapped(map) => map.advise_range(memmap2::Advice::PopulateRead, from, n).is_ok(),
+        Bytes::Owned(_) => true,
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn populate(_: &Bytes, _: usize, _: usize) -> bool {
+    false
 }
 
 /// Runs `job(i, buffer)` for `0..n`, by several threads; the first error ends it.
@@ -176,7 +194,7 @@ mod tests {
         read(&file, &parts, &mut copy, &done).unwrap();
         assert!(copy == bytes);
         assert_eq!(last.swap(0, Ordering::Relaxed), bytes.len() as u64);
-        touch(&file, &parts, &Done::new(bytes.len() as u64, &progress)).unwrap();
+        touch(&map, &file, &parts, &Done::new(bytes.len() as u64, &progress)).unwrap();
         assert_eq!(last.into_inner(), bytes.len() as u64);
         // With holes between them, parts still come to their places.
         let mut copy = vec![0; bytes.len()];
@@ -207,16 +225,13 @@ mod tests {
         file.sync_all().unwrap();
         let map = file_map(&file);
         assert!(parts(&map, false).is_empty(), "just written");
-        // SAFETY: the descriptor is open; advice changes no memory of ours.
-        unsafe {
-            libc::posix_fadvise(std::os::fd::AsRawFd::as_raw_fd(&file), 0, 0, libc::POSIX_FADV_DONTNEED)
-        };
+        crate::memory::leave_page_cache(&file);
         let cold = parts(&map, false);
         if cold.is_empty() {
             println!("SKIPPED: a test that needs a file system that drops pages");
             return;
         }
-        touch(&file, &cold, &Done::new(0, &|_, _| {})).unwrap();
+        touch(&map, &file, &cold, &Done::new(0, &|_, _| {})).unwrap();
         assert!(parts(&map, false).is_empty(), "just read");
     }
 }
