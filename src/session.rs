@@ -1,8 +1,12 @@
 //! A sequence in progress: tokens in, an iterator of tokens out. All mutable state meets here.
 
+mod draft;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+pub use draft::{DraftMode, DraftOptions, DraftStats, MAX_DRAFT};
 
 use crate::gguf::Metadata;
 use crate::kernels::Kernels;
@@ -13,6 +17,7 @@ use crate::skip::{SkipOptions, SkipStats};
 use crate::threads::{PinError, Team};
 use crate::tokenizer::{Detokenizer, Tokenizer, TokenizerError};
 use crate::weights::{LoadOptions, Progress};
+use draft::Length;
 
 /// A loaded model with what is needed to run it. Sessions borrow it.
 pub struct Engine {
@@ -94,6 +99,24 @@ impl Engine {
         &self.model
     }
 
+    /// The model while nothing else holds it, with what operations run with: to prepare skipping.
+    pub fn model_mut(&mut self) -> Option<(&mut Model, Compute<'_>)> {
+        let on = Compute { team: &self.team, kernels: self.kernels };
+        Arc::get_mut(&mut self.model).map(|model| (model, on))
+    }
+
+    /// Makes ready what the policy of `options` needs; before the first session.
+    pub fn prepare_skip(
+        &mut self,
+        options: &SkipOptions,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        match self.model_mut() {
+            Some((model, on)) => model.prepare_skip(on, options, progress),
+            None => Ok(()),
+        }
+    }
+
     /// Its tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
@@ -152,6 +175,8 @@ pub struct SessionOptions {
     pub skip: SkipOptions,
     /// When the context is full, drop the older half instead of stopping.
     pub context_shift: bool,
+    /// Guessing of tokens ahead. With any, the generated text is the full model's: `skip` only drafts.
+    pub draft: DraftOptions,
 }
 
 impl Default for SessionOptions {
@@ -162,6 +187,7 @@ impl Default for SessionOptions {
             kv: KvType::F16,
             skip: SkipOptions::default(),
             context_shift: false,
+            draft: DraftOptions::default(),
         }
     }
 }
@@ -181,6 +207,7 @@ pub struct Session<'e> {
     /// Tokens that the skip policy has governed.
     governed: usize,
     times: Times,
+    drafts: DraftStats,
 }
 
 /// Tokens and time of a session, prompt and generation apart.
@@ -198,7 +225,7 @@ impl<'e> Session<'e> {
     pub fn new(engine: &'e Engine, options: SessionOptions) -> Result<Self, SessionError> {
         let config = engine.model.config();
         let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
-        let policy = options.skip.policy(config.layers).map_err(ModelError::from)?;
+        let policy = engine.model.policy(&options.skip).map_err(ModelError::from)?;
         let mut state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
         if engine.options.load.mlock {
             state.lock()?;
@@ -210,6 +237,7 @@ impl<'e> Session<'e> {
             tokens: Vec::with_capacity(context),
             governed: 0,
             times: Times::default(),
+            drafts: DraftStats::default(),
         })
     }
 
@@ -238,6 +266,16 @@ impl<'e> Session<'e> {
         self.state.stats()
     }
 
+    /// What drafts came to so far.
+    pub fn draft_stats(&self) -> DraftStats {
+        self.drafts
+    }
+
+    /// How it runs.
+    pub fn options(&self) -> &SessionOptions {
+        &self.options
+    }
+
     /// The state, for evaluations that look inside.
     pub fn state_mut(&mut self) -> &mut State {
         &mut self.state
@@ -263,7 +301,8 @@ impl<'e> Session<'e> {
         let mut done = 0;
         for batch in tokens.chunks(self.state.batch()) {
             self.make_room(batch.len())?;
-            let step = match self.options.skip.prefill {
+            let governed = self.options.skip.prefill && self.options.draft.mode == DraftMode::Off;
+            let step = match governed {
                 true => FfnStep::Governed { index: self.governed },
                 false => FfnStep::Full,
             };
@@ -288,6 +327,34 @@ impl<'e> Session<'e> {
     pub fn logits(&mut self) -> Result<&mut [f32], SessionError> {
         let last = self.state.last_row().ok_or(SessionError::EmptyPrompt)?;
         Ok(self.engine.model.logits(self.engine.compute(), &mut self.state, last))
+    }
+
+    /// Evaluates generated tokens with the full model, each as if alone, and keeps the first; the logits of all
+    /// go to `logits`, `[tokens, vocab]`.
+    fn verify(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), SessionError> {
+        let (model, on, state) = (&self.engine.model, self.engine.compute(), &mut self.state);
+        logits.resize(tokens.len() * model.config().vocab, 0.0);
+        model.forward(on, state, tokens, FfnStep::Full)?;
+        model.logits_of(on, state, 0..tokens.len(), logits);
+        state.keep_rows(1);
+        self.tokens.push(tokens[0]);
+        Ok(())
+    }
+
+    /// The most likely tokens after `token` by the model with FFNs skipped, one after the other: up to `max`, as long
+    /// as it is sure of them. The cache is left as it was.
+    fn guess(&mut self, token: u32, max: usize) -> Result<Vec<u32>, SessionError> {
+        let (engine, start) = (self.engine, self.state.position());
+        let (mut drafts, mut token) = (Vec::new(), token);
+        while drafts.len() < max {
+            let step = FfnStep::Governed { index: self.state.position() };
+            engine.model.forward(engine.compute(), &mut self.state, &[token], step)?;
+            let Some(guess) = draft::sure_of(self.logits()?) else { break };
+            drafts.push(guess);
+            token = guess;
+        }
+        self.state.truncate(start);
+        Ok(drafts)
     }
 
     fn step(&mut self, tokens: &[u32], step: FfnStep) -> Result<(), SessionError> {
@@ -317,7 +384,16 @@ impl<'e> Session<'e> {
     /// Generates up to `max` tokens after what is in the cache.
     pub fn generate<'s>(&'s mut self, sampling: Sampling<'s>, max: usize) -> Generation<'s, 'e> {
         let detokenizer = self.engine.tokenizer.detokenizer();
-        Generation { session: self, sampling, detokenizer, remaining: max, end: None, pending: None }
+        let drafting = (self.options.draft.mode != DraftMode::Off).then(|| Drafting::new(self.options.draft));
+        Generation {
+            session: self,
+            sampling,
+            detokenizer,
+            remaining: max,
+            end: None,
+            pending: None,
+            drafting,
+        }
     }
 }
 
@@ -363,6 +439,92 @@ pub struct Generation<'s, 'e> {
     end: Option<End>,
     /// Sampled, not evaluated yet: the last token of an answer need not be.
     pending: Option<u32>,
+    drafting: Option<Drafting>,
+}
+
+/// The step of the full model that the next tokens are sampled from.
+struct Drafting {
+    length: Length,
+    /// What was guessed to follow the step's first token.
+    drafts: Vec<u32>,
+    /// What [`Length`] knows the draft as.
+    kind: usize,
+    /// `[1 + drafts, vocab]`; empty before the first step.
+    logits: Vec<f32>,
+    /// Row of the last token that counts: the first of the step, or a draft that was right.
+    row: usize,
+}
+
+impl Drafting {
+    fn new(options: DraftOptions) -> Self {
+        Self { length: Length::new(options), drafts: Vec::new(), kind: 0, logits: Vec::new(), row: 0 }
+    }
+
+    /// Whether the step has logits after `token`, should that come now.
+    fn foresaw(&self, token: u32) -> bool {
+        self.drafts.get(self.row) == Some(&token)
+    }
+
+    /// Makes `token` the last of the session's: from the step if it was foreseen, else in a new one along with
+    /// a draft of at most `room` tokens.
+    fn evaluate(
+        &mut self,
+        session: &mut Session<'_>,
+        token: u32,
+        room: usize,
+        ends: impl Fn(u32) -> bool,
+    ) -> Result<(), SessionError> {
+        if self.foresaw(token) {
+            self.row += 1;
+            session.state.keep_rows(self.row + 1);
+            session.tokens.push(token);
+            return Ok(());
+        }
+        session.make_room(1)?;
+        let room = room.min(session.context() - session.tokens.len() - 1).min(session.state.batch() - 1);
+        self.draft(session, token, room)?;
+        // Nothing that follows an end will be asked for.
+        let end = self.drafts.iter().position(|&id| ends(id));
+        self.drafts.truncate(end.map_or(self.drafts.len(), |i| i + 1));
+        self.row = 0;
+        let step: Vec<u32> = std::iter::once(token).chain(self.drafts.iter().copied()).collect();
+        let started = Instant::now();
+        session.verify(&step, &mut self.logits)?;
+        self.length.stepped(step.len(), started.elapsed());
+        session.drafts.steps += 1;
+        session.drafts.drafted += self.drafts.len();
+        Ok(())
+    }
+
+    fn draft(&mut self, session: &mut Session<'_>, token: u32, room: usize) -> Result<(), SessionError> {
+        self.drafts.clear();
+        if session.options.draft.mode == DraftMode::Lookup {
+            session.tokens.push(token);
+            let (drafts, agree) = draft::lookup(&session.tokens, MAX_DRAFT);
+            self.kind = agree;
+            let n = self.length.choose(agree, room.min(drafts.len()));
+            self.drafts.extend_from_slice(&drafts[..n]);
+            session.tokens.pop();
+            return Ok(());
+        }
+        self.kind = 0;
+        let started = Instant::now();
+        let n = self.length.choose(0, room);
+        if n > 0 {
+            self.drafts = session.guess(token, n)?;
+            self.length.guessed(self.drafts.len().max(1), started.elapsed());
+        }
+        Ok(())
+    }
+
+    /// `id` was sampled from the logits of the current row.
+    fn sampled(&mut self, stats: &mut DraftStats, id: u32) {
+        if self.row < self.drafts.len() {
+            let right = self.foresaw(id);
+            self.length.verified(self.kind, right);
+            stats.accepted += usize::from(right);
+        }
+    }
 }
 
 impl Generation<'_, '_> {
@@ -384,7 +546,7 @@ impl Generation<'_, '_> {
             if full && !self.session.options.context_shift {
                 return Ok(self.finish(End::ContextFull, None));
             }
-            self.session.push(token)?;
+            self.evaluate(token)?;
         }
         let id = self.sample()?;
         self.session.times.generation_time += started.elapsed();
@@ -404,9 +566,20 @@ impl Generation<'_, '_> {
         Ok(Some(Piece { id, text }))
     }
 
+    fn evaluate(&mut self, token: u32) -> Result<(), SessionError> {
+        let Some(drafting) = &mut self.drafting else { return self.session.push(token) };
+        let tokenizer = &self.session.engine.tokenizer;
+        let ends = |id| !self.sampling.ignore_eos && tokenizer.is_end_of_generation(id);
+        drafting.evaluate(self.session, token, self.remaining - 1, ends)
+    }
+
     fn sample(&mut self) -> Result<u32, SessionError> {
         let Sampling { sampler, constraint, .. } = &mut self.sampling;
-        let logits = self.session.logits()?;
+        let vocab = self.session.engine.model.config().vocab;
+        let logits = match &mut self.drafting {
+            Some(d) if !d.logits.is_empty() => &mut d.logits[d.row * vocab..][..vocab],
+            _ => self.session.logits()?,
+        };
         if let Some(constraint) = constraint {
             constraint.mask(logits)?;
         }
@@ -414,6 +587,9 @@ impl Generation<'_, '_> {
         sampler.accept(id);
         if let Some(constraint) = constraint {
             constraint.accept(id)?;
+        }
+        if let Some(drafting) = &mut self.drafting {
+            drafting.sampled(&mut self.session.drafts, id);
         }
         Ok(id)
     }

@@ -19,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("threads", &["topology"]),
     ("machine", &["threads", "topology", "kernels", "memory"]),
     ("ops", &["kernels", "threads", "quant", "gguf", "memory"]),
-    ("skip", &["gguf"]),
+    ("skip", &["gguf", "quant"]),
     ("model", &["weights", "memory", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
     ("tokenizer", &["gguf"]),
     ("sampler", &["tokenizer"]),

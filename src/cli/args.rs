@@ -1,11 +1,11 @@
 //! Groups of flags that several commands share, and the options structs that they become.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use clap::builder::PossibleValuesParser;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 
@@ -13,13 +13,14 @@ use super::generate::progress_bar;
 use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
-use crate::model::{Config, KvType};
+use crate::model::{Config, KvType, Model};
+use crate::ops::Compute;
 use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
-use crate::session::{Engine, EngineOptions, SessionOptions};
-use crate::skip::{SkipMode, SkipOptions};
+use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
+use crate::skip::{Calibration, Point, SkipMode, SkipOptions};
 use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
 use crate::topology::CpuSet;
@@ -201,13 +202,20 @@ pub(super) struct ContextArgs {
 }
 
 impl ContextArgs {
-    pub fn options(&self, engine: &Engine, kv: KvArg, skip: &SkipArgs) -> Result<SessionOptions, Failure> {
+    pub fn options(
+        &self,
+        engine: &mut Engine,
+        kv: KvArg,
+        skip: &SkipArgs,
+        draft: &DraftArgs,
+    ) -> Result<SessionOptions, Failure> {
         let options = SessionOptions {
             context: self.context,
             batch: self.batch,
             kv: kv.into(),
-            skip: skip.options(engine.model().config())?,
+            skip: skip.of_engine(engine)?,
             context_shift: self.context_shift,
+            draft: draft.options(skip)?,
         };
         if let Some(context) = self.context {
             check_context(engine, context)?;
@@ -242,49 +250,144 @@ pub(super) fn check_cache(config: &Config, flag: &str, context: usize) -> Result
 }
 
 /// FFN skipping.
-#[derive(Args)]
+#[derive(Args, Default)]
+#[command(next_help_heading = "Skipping")]
 pub(super) struct SkipArgs {
-    /// Policy that decides which FFN blocks are skipped: off, ffn-skip
-    #[arg(long, value_name = "POLICY", help_heading = "Skipping", default_value = "off", value_parser = skip_mode)]
+    /// Policy that decides what is skipped; auto: the best that calibration offers
+    #[arg(long, value_name = "POLICY", default_value = "off", value_parser = skip_modes())]
     pub skip: SkipMode,
-    /// Cosine of the stream before and after an FFN from which the next ones are skipped [default: 0.98]
-    #[arg(long, value_name = "COSINE", help_heading = "Skipping", allow_negative_numbers = true)]
+    /// Calibration file [default: MODEL.skip.gguf beside the model, else what is built in for it]
+    #[arg(long, value_name = "S.skip.gguf")]
+    pub skip_file: Option<PathBuf>,
+    /// Share to skip, 0 to 1, of tokens past the warm-up: sets the strength of any policy
+    #[arg(long, value_name = "R")]
+    pub skip_ratio: Option<f32>,
+    /// ffn-skip: cosine of the stream before and after an FFN from which the next ones are skipped [default: 0.98]
+    #[arg(long, value_name = "COSINE", allow_negative_numbers = true)]
     pub skip_threshold: Option<f32>,
-    /// FFNs that are skipped each time [default: 1]
-    #[arg(long, value_name = "K", help_heading = "Skipping")]
+    /// ffn-skip: FFNs that are skipped each time [default: 1]
+    #[arg(long, value_name = "K")]
     pub skip_k: Option<usize>,
     /// Tokens that run in full first [default: 25]
-    #[arg(long, value_name = "N", help_heading = "Skipping")]
+    #[arg(long, value_name = "N")]
     pub skip_warmup: Option<usize>,
-    /// First layer that may be skipped and the one after the last [default: all but the first and the last two]
-    #[arg(long, value_name = "S,E", help_heading = "Skipping", value_parser = pair)]
+    /// First layer that may be skipped and the one after the last [default: as calibrated, else all but the first and the last two]
+    #[arg(long, value_name = "S,E", value_parser = pair)]
     pub skip_cold: Option<(usize, usize)>,
+    /// random: seed of its draws
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub skip_seed: u64,
     /// Skip in the prompt too, after the warm-up
-    #[arg(long, help_heading = "Skipping")]
+    #[arg(long)]
     pub skip_prefill: bool,
     /// Print the share skipped in each layer
-    #[arg(long, help_heading = "Skipping")]
+    #[arg(long)]
     pub skip_report: bool,
 }
 
 impl SkipArgs {
-    /// The options, checked for the model they are for.
-    pub fn options(&self, config: &Config) -> Result<SkipOptions, Failure> {
+    /// [`options`](Self::options) for the model of an engine.
+    pub fn of_engine(&self, engine: &mut Engine) -> Result<SkipOptions, Failure> {
+        let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
+        self.options(model, on)
+    }
+
+    /// The options, checked for the model they are for, which is made ready for them.
+    pub fn options(&self, model: &mut Model, on: Compute<'_>) -> Result<SkipOptions, Failure> {
         let options = SkipOptions {
             mode: self.skip,
+            ratio: self.skip_ratio,
             threshold: self.skip_threshold,
             k: self.skip_k,
             warm_up: self.skip_warmup,
             cold: self.skip_cold,
+            seed: self.skip_seed,
             prefill: self.skip_prefill,
         };
-        options.policy(config.layers).map_err(Failure::usage)?;
+        self.calibrate(model)?;
+        model.policy(&options).map_err(Failure::usage)?;
+        if options.mode == SkipMode::Auto {
+            model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
+        }
+        model.prepare_skip(on, &options, |_, _| {})?;
         Ok(options)
+    }
+
+    /// Reads the calibration file that was named, or the one beside the model.
+    fn calibrate(&self, model: &Model) -> Outcome {
+        if let Some(path) = &self.skip_file {
+            model.load_calibration(path)?;
+            return Ok(());
+        }
+        let beside = calibration_path(model.weights().path());
+        if self.skip != SkipMode::Off && beside.is_file() {
+            match model.load_calibration(&beside) {
+                Ok(_) => {}
+                Err(error) => note(&format!("warning: {error}")),
+            }
+        }
+        Ok(())
     }
 }
 
-fn skip_mode(name: &str) -> Result<SkipMode, String> {
-    SkipMode::from_name(name).map_err(|e| e.to_string())
+/// Where the calibration file of the model at `path` is looked for: `model.skip.gguf` for `model.gguf`.
+pub(super) fn calibration_path(path: &Path) -> PathBuf {
+    path.with_extension("skip.gguf")
+}
+
+/// Says what `--skip auto` does, and how good it was found to be.
+fn announce(point: &Point) {
+    note(&format!(
+        "skip auto: {} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
+        point.policy,
+        point.ratio,
+        100.0 * point.bytes,
+        point.perplexity,
+        point.kl,
+        100.0 * point.same_top1
+    ));
+}
+
+fn skip_modes() -> impl TypedValueParser<Value = SkipMode> {
+    PossibleValuesParser::new(SkipMode::names()).try_map(|name| SkipMode::from_name(&name))
+}
+
+/// Guessing ahead.
+#[derive(Args)]
+pub(super) struct DraftArgs {
+    /// Guess tokens ahead and verify them together, for the same text in other time: off; skip, guesses of the model with
+    /// FFNs skipped as --skip says; lookup, what followed the last tokens earlier in the context
+    #[arg(long, value_name = "SOURCE", help_heading = "Drafting", default_value = "off", value_parser = PossibleValuesParser::new(DraftMode::names()))]
+    draft: String,
+    /// Tokens guessed at a time, at most: fewer, or none, when guesses have not been paying
+    #[arg(long, value_name = "N", help_heading = "Drafting", default_value_t = DraftOptions::default().max, value_parser = in_range(1, MAX_DRAFT))]
+    draft_tokens: usize,
+    /// Always guess --draft-tokens, whether it pays or not
+    #[arg(long, help_heading = "Drafting")]
+    draft_fixed: bool,
+}
+
+impl DraftArgs {
+    /// The options, checked against those of skipping.
+    fn options(&self, skip: &SkipArgs) -> Result<DraftOptions, Failure> {
+        let mode = DraftMode::from_name(&self.draft).unwrap_or_default();
+        let skips = skip.skip != SkipMode::Off;
+        let usage = |message: &str| Err(Failure::Usage(message.into()));
+        match mode {
+            DraftMode::Skip if !skips => {
+                return usage("--draft skip: name the policy that drafts with --skip");
+            }
+            DraftMode::Lookup if skips => {
+                return usage("--draft lookup: the text is the full model's, so --skip would have no effect");
+            }
+            DraftMode::Skip if skip.skip_prefill => {
+                return usage(
+                    "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
+                );
+            }
+            _ => Ok(DraftOptions { mode, max: self.draft_tokens, adaptive: !self.draft_fixed }),
+        }
+    }
 }
 
 fn pair(text: &str) -> Result<(usize, usize), String> {

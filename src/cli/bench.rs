@@ -15,6 +15,7 @@ use super::{Failure, Outcome, put};
 use crate::eval::bench::{BenchOptions, Report, Rival, Run, Sweep, Test};
 use crate::kernels::Kernels;
 use crate::model::{Model, ModelError};
+use crate::ops::Compute;
 use crate::threads::{Team, default_threads};
 
 const EXAMPLES: &str = "\
@@ -100,17 +101,16 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let path = args.model.resolve()?;
     args.cpus.keep()?;
     let loading = LoadBar::default();
-    let model = Model::load_with(&path, args.load.options(), &|done, total| loading.tell(done, total))?;
+    let mut model = Model::load_with(&path, args.load.options(), &|done, total| loading.tell(done, total))?;
     loading.finish();
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
     check_cache(model.config(), "a test of so many tokens:", longest)?;
-    let options = BenchOptions {
-        batch: args.batch,
-        kv: args.kv.into(),
-        skip: args.skip.options(model.config())?,
-        mlock: args.load.options().mlock,
-    };
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
+    let team = Team::new(threads[0]).map_err(ModelError::from)?;
+    let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;
+    drop(team);
+    let mlock = args.load.options().mlock;
+    let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip, mlock };
 
     let listener = Listener::new();
     let template = "bench {wide_bar} {pos}/{len} repetitions, {eta} left, {msg}";

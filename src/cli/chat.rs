@@ -8,7 +8,7 @@ use clap::Args;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::args::{ContextArgs, EngineArgs, SamplingArgs, SkipArgs};
+use super::args::{ContextArgs, DraftArgs, EngineArgs, SamplingArgs, SkipArgs};
 use super::generate::{
     Ended, Shown, Statistics, TemplateArgs, encode_messages, evaluate_prompt, explain_full_context, stream,
 };
@@ -62,13 +62,15 @@ pub(super) struct ChatArgs {
     sampling: SamplingArgs,
     #[command(flatten)]
     skip: SkipArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
 }
 
 pub(super) fn run(args: &ChatArgs) -> Outcome {
     args.sampling.options()?;
-    let engine = args.engine.load()?;
+    let mut engine = args.engine.load()?;
     let template = args.template.template(&engine)?.ok_or(ChatError::NoTemplate)?;
-    let options = args.context.options(&engine, args.engine.kv, &args.skip)?;
+    let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;
     let session = Session::new(&engine, options)?;
     let seed = args.sampling.sampler(&engine, None)?.seed();
     let messages = args.template.system_message().into_iter().collect();

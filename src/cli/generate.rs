@@ -11,7 +11,7 @@ use super::interrupt::Listener;
 use super::{Failure, note, put, read_text};
 use crate::chat::{ChatTemplate, Message};
 use crate::model::ModelError;
-use crate::session::{End, Engine, Sampling, Session, SessionError, Times};
+use crate::session::{DraftStats, End, Engine, Sampling, Session, SessionError, Times};
 use crate::tokenizer::Tokenizer;
 
 /// How messages are written for the model.
@@ -178,6 +178,11 @@ pub(super) struct Statistics {
     ffn_bytes_skipped: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     skipped_by_layer: Option<Vec<f64>>,
+    draft: &'static str,
+    /// Tokens guessed, those of them that were right, and steps of the full model.
+    drafted: usize,
+    drafts_accepted: usize,
+    verifications: usize,
     kernel: &'static str,
     threads: usize,
     threads_batch: usize,
@@ -193,6 +198,7 @@ pub(super) struct Statistics {
 impl Statistics {
     pub fn of(session: &mut Session<'_>, seed: Option<u64>, ended: Ended, by_layer: bool) -> Self {
         let Times { prompt_tokens, prompt_time, generated_tokens, generation_time } = session.times();
+        let DraftStats { steps, drafted, accepted } = session.draft_stats();
         let skipped = session.skip_stats().share();
         let layers = session.engine().model().layers();
         let bytes_skipped = session.skip_stats().weighted_share(|layer| layers[layer].ffn.bytes() as u64);
@@ -207,6 +213,10 @@ impl Statistics {
             ffn_bytes_skipped: bytes_skipped,
             skipped_by_layer: by_layer.then(|| session.skip_stats().share_by_layer()),
             skip: session.state_mut().policy_name(),
+            draft: session.options().draft.mode.name(),
+            drafted,
+            drafts_accepted: accepted,
+            verifications: steps,
             kernel: session.engine().kernels().name(),
             threads: session.engine().threads().0,
             threads_batch: session.engine().threads().1,
@@ -236,6 +246,12 @@ impl Statistics {
             100.0 * self.ffn_bytes_skipped,
             self.skip
         ));
+        if self.verifications > 0 {
+            note(&format!(
+                "drafted    {:>6} tokens, {} of them right, in {} steps of the full model (--draft {})",
+                self.drafted, self.drafts_accepted, self.verifications, self.draft
+            ));
+        }
         note(&format!(
             "ran on     kernel {}, threads {}, context {} of {}",
             self.kernel,

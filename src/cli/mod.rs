@@ -6,6 +6,7 @@
 
 mod args;
 mod bench;
+mod calibrate;
 mod chat;
 mod generate;
 mod info;
@@ -13,6 +14,7 @@ mod interrupt;
 mod ppl;
 mod pull;
 mod run;
+mod sweep;
 mod tokenize;
 
 use std::error::Error;
@@ -50,6 +52,8 @@ enum Command {
     Detokenize(tokenize::DetokenizeArgs),
     Ppl(ppl::PplArgs),
     Bench(bench::BenchArgs),
+    Sweep(sweep::SweepArgs),
+    Calibrate(calibrate::CalibrateArgs),
 }
 
 /// Runs the command that the process was started with.
@@ -73,6 +77,8 @@ pub fn main() -> ExitCode {
         Command::Detokenize(args) => tokenize::run_detokenize(&args),
         Command::Ppl(args) => ppl::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Sweep(args) => sweep::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
     };
     match outcome {
         Ok(()) | Err(Failure::BrokenPipe) => ExitCode::SUCCESS,

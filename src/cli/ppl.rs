@@ -73,9 +73,9 @@ struct Output<'a> {
 
 pub(super) fn run(args: &PplArgs) -> Outcome {
     let text = read_text(&args.file)?;
-    let engine = args.engine.load()?;
+    let mut engine = args.engine.load()?;
     check_context(&engine, args.context)?;
-    let options = args.options(&engine)?;
+    let options = args.options(&mut engine)?;
     let encode = EncodeOptions { add_special: true, parse_special: false };
     let tokens = engine.tokenizer().encode(&text, encode)?;
 
@@ -111,13 +111,13 @@ pub(super) fn run(args: &PplArgs) -> Outcome {
 }
 
 impl PplArgs {
-    fn options(&self, engine: &Engine) -> Result<PerplexityOptions, Failure> {
+    fn options(&self, engine: &mut Engine) -> Result<PerplexityOptions, Failure> {
         Ok(PerplexityOptions {
             context: self.context,
             chunks: self.chunks,
             warm: self.warm,
             kv: self.engine.kv.into(),
-            skip: self.skip.options(engine.model().config())?,
+            skip: self.skip.of_engine(engine)?,
             kl: self.kl,
             logits_out: self.logits_out.clone(),
         })

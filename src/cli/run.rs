@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::args::{ContextArgs, EngineArgs, SamplingArgs, SkipArgs};
+use super::args::{ContextArgs, DraftArgs, EngineArgs, SamplingArgs, SkipArgs};
 use super::generate::{
     Ended, Shown, Statistics, TemplateArgs, encode_messages, evaluate_prompt, explain_full_context, stream,
 };
@@ -22,6 +22,7 @@ Examples:
   echo \"Translate to French: cheese\" | skiff run --system \"Answer with one word.\"
   skiff run --raw -n 50 \"Once upon a time\"
   skiff run --json-schema @person.json \"Invent a person.\"
+  skiff run --draft lookup -f article.txt --system \"Quote the sentences about prices.\"
   skiff run --skip ffn-skip --skip-threshold 0.985 --skip-report \"Tell me a story.\"
 
 Stdout gets the generated text and nothing else. --temp 0 gives the same text every time and with any number of
@@ -59,13 +60,15 @@ pub(super) struct RunArgs {
     sampling: SamplingArgs,
     #[command(flatten)]
     skip: SkipArgs,
+    #[command(flatten)]
+    draft: DraftArgs,
 }
 
 pub(super) fn run(args: &RunArgs) -> Outcome {
     args.sampling.options()?;
     let prompt = args.prompt_text()?;
-    let engine = args.engine.load()?;
-    let options = args.context.options(&engine, args.engine.kv, &args.skip)?;
+    let mut engine = args.engine.load()?;
+    let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;
     let mut sampler = args.sampling.sampler(&engine, None)?;
     let mut constraint = args.sampling.constraint(&engine)?;
     let tokens = args.tokens(&engine, &prompt)?;

@@ -2,7 +2,10 @@
 //! forward pass.
 
 pub mod bench;
+pub mod calibrate;
 mod npy;
 mod perplexity;
+pub mod plot;
+pub mod sweep;
 
 pub use perplexity::{EvalError, PerplexityOptions, PerplexityReport, perplexity};

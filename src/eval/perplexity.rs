@@ -10,10 +10,11 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::npy::NpyWriter;
+use crate::kernels::Kernels;
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
+use crate::ops::Compute;
 use crate::session::Engine;
-use crate::skip::{Never, SkipOptions, SkipStats};
-use crate::threads::Team;
+use crate::skip::{Never, SkipOptions, SkipPolicy, SkipStats};
 
 /// Positions whose logits are held at a time: 64 rows of a large vocabulary are 40 MB.
 const ROWS: usize = 64;
@@ -77,6 +78,12 @@ pub enum EvalError {
     TooShort { tokens: usize, context: usize },
     #[error("scoring from position {warm} leaves nothing of windows of {context}")]
     Warm { warm: usize, context: usize },
+    #[error(
+        "windows of {context} tokens: the full model's probabilities take {bytes} bytes, more than {most}"
+    )]
+    TooLarge { context: usize, bytes: usize, most: usize },
+    #[error("{other} has another vocabulary than {model}: the two cannot be compared")]
+    OtherVocabulary { model: String, other: String },
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: io::Error },
 }
@@ -87,11 +94,24 @@ pub fn perplexity(
     engine: &Engine,
     tokens: &[u32],
     options: &PerplexityOptions,
+    progress: impl FnMut(usize, usize, f64) -> bool,
+) -> Result<PerplexityReport, EvalError> {
+    let policy = engine.model().policy(&options.skip).map_err(ModelError::from)?;
+    with_policy(engine.model(), engine.compute(), tokens, options, policy, progress)
+}
+
+/// [`perplexity`] under `policy`, whatever the options say about skipping.
+pub fn with_policy(
+    model: &Model,
+    on: Compute<'_>,
+    tokens: &[u32],
+    options: &PerplexityOptions,
+    policy: Box<dyn SkipPolicy>,
     mut progress: impl FnMut(usize, usize, f64) -> bool,
 ) -> Result<PerplexityReport, EvalError> {
-    let run = Run::new(engine, tokens, options)?;
+    let run = Run::new(model, on, tokens, options)?;
     let mut sums = Sums::default();
-    let mut test = run.state(options.skip.policy(engine.model().config().layers).map_err(ModelError::from)?);
+    let mut test = run.state(policy);
     test.measure_cosines(true);
     let mut full = options.kl.then(|| run.state(Box::new(Never)));
     let mut out = run.logits_file()?;
@@ -105,21 +125,25 @@ pub fn perplexity(
     if let (Some(out), Some(path)) = (out, &options.logits_out) {
         out.finish().map_err(|error| EvalError::Io { path: path.clone(), error })?;
     }
-    let ffn_bytes = |layer: usize| engine.model().layers()[layer].ffn.bytes() as u64;
+    let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
     Ok(sums.report(test.stats(), ffn_bytes))
 }
 
 struct Run<'a> {
     model: &'a Model,
-    team: &'a Team,
-    engine: &'a Engine,
+    on: Compute<'a>,
     options: &'a PerplexityOptions,
     warm: usize,
     windows: usize,
 }
 
 impl<'a> Run<'a> {
-    fn new(engine: &'a Engine, tokens: &[u32], options: &'a PerplexityOptions) -> Result<Self, EvalError> {
+    fn new(
+        model: &'a Model,
+        on: Compute<'a>,
+        tokens: &[u32],
+        options: &'a PerplexityOptions,
+    ) -> Result<Self, EvalError> {
         let context = options.context;
         let warm = options.warm.unwrap_or(context / 2);
         if warm + 1 >= context {
@@ -129,12 +153,12 @@ impl<'a> Run<'a> {
         if windows == 0 {
             return Err(EvalError::TooShort { tokens: tokens.len(), context });
         }
-        Ok(Self { model: engine.model(), team: engine.team(), engine, options, warm, windows })
+        Ok(Self { model, on, options, warm, windows })
     }
 
-    fn state(&self, policy: Box<dyn crate::skip::SkipPolicy>) -> State {
+    fn state(&self, policy: Box<dyn SkipPolicy>) -> State {
         let context = self.options.context;
-        State::new(self.model, self.team, (context, context.min(512)), self.options.kv, policy)
+        State::new(self.model, self.on.team, (context, context.min(512)), self.options.kv, policy)
     }
 
     fn logits_file(&self) -> Result<Option<NpyWriter>, EvalError> {
@@ -152,7 +176,7 @@ impl<'a> Run<'a> {
         sums: &mut Sums,
         mut out: Option<&mut NpyWriter>,
     ) -> Result<(), EvalError> {
-        let on = self.engine.compute();
+        let on = self.on;
         let vocab = self.model.config().vocab;
         let (mut q, mut p) = (Vec::new(), Vec::new());
         test.truncate(0);
@@ -176,25 +200,119 @@ impl<'a> Run<'a> {
                 if let (Some(out), Some(path)) = (out.as_mut(), &self.options.logits_out) {
                     out.write(&q).map_err(|error| EvalError::Io { path: path.clone(), error })?;
                 }
-                if let Some(full) = &mut full {
-                    p.resize(rows.len() * vocab, 0.0);
-                    self.model.logits_of(on, full, rows.clone(), &mut p);
-                }
-                for (i, q) in q.chunks_exact(vocab).enumerate() {
-                    let position = first + i;
-                    if position >= self.warm && position + 1 < window.len() {
-                        let p = p.chunks_exact(vocab).nth(i);
-                        sums.add(window[position + 1] as usize, q, p);
+                let scored = first.max(self.warm)..(first + rows.len()).min(window.len() - 1);
+                let (skip, n) = ((scored.start - first).min(rows.len()), scored.len());
+                let targets = &window[scored.start + 1..scored.start + 1 + n];
+                let exact = match &mut full {
+                    Some(full) => {
+                        p.resize(rows.len() * vocab, 0.0);
+                        self.model.logits_of(on, full, rows.clone(), &mut p);
+                        Some(Exact::of(on, &mut p[skip * vocab..][..n * vocab], targets))
                     }
-                }
+                    None => None,
+                };
+                let exact = exact.as_deref().map(|exact| (&p[skip * vocab..][..n * vocab], exact));
+                let scores = score_rows(on, &mut q[skip * vocab..][..n * vocab], targets, exact);
+                scores.iter().for_each(|score| sums.add(score));
             }
         }
         Ok(())
     }
 }
 
-#[derive(Default)]
-struct Sums {
+/// What the full model says at a position: beside its probabilities, what comparing with them needs.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Exact {
+    /// Negative log-likelihood of the token that came, nats.
+    nll: f64,
+    /// Most likely token, the first of equals.
+    top: usize,
+    /// `sum p ln p`
+    negentropy: f64,
+}
+
+impl Exact {
+    /// Turns the logits of some positions, `[targets, vocab]`, into probabilities; `targets` are the tokens that came.
+    pub fn of(on: Compute<'_>, logits: &mut [f32], targets: &[u32]) -> Vec<Self> {
+        by_row(on, logits, targets, |row, _, target| {
+            let (max, top) = maximum(row);
+            let logits = row.to_vec();
+            let sum = exp_sum(on.kernels, row, max);
+            let inverse = (1.0 / sum) as f32;
+            row.iter_mut().for_each(|p| *p *= inverse);
+            let mean = row.iter().zip(&logits).map(|(p, l)| f64::from(p * (l - max))).sum::<f64>();
+            let nll = sum.ln() - f64::from(logits[target] - max);
+            Self { nll, top, negentropy: mean - sum.ln() }
+        })
+    }
+}
+
+/// How well a position's logits foretold the token that came.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Score {
+    nll: f64,
+    /// In comparison with the full model: its `nll`, KL in nats, and whether the most likely tokens are the same.
+    pub compared: Option<(f64, f64, bool)>,
+}
+
+/// Scores logits `[targets, vocab]`, which are overwritten, against the full model's probabilities if there are any.
+pub(super) fn score_rows(
+    on: Compute<'_>,
+    logits: &mut [f32],
+    targets: &[u32],
+    exact: Option<(&[f32], &[Exact])>,
+) -> Vec<Score> {
+    by_row(on, logits, targets, |q, row, target| {
+        let (max, top) = maximum(q);
+        let at_target = f64::from(q[target] - max);
+        // Relative to the maximum, the terms that matter are small and round little.
+        let cross = exact.map(|(p, _)| {
+            let p = &p[row * q.len()..][..q.len()];
+            p.iter().zip(&*q).map(|(p, q)| f64::from(p * (q - max))).sum::<f64>()
+        });
+        let sum = exp_sum(on.kernels, q, max).ln();
+        let compared = exact.zip(cross).map(|((_, exact), cross)| {
+            let exact = &exact[row];
+            (exact.nll, (exact.negentropy - cross + sum).max(0.0), exact.top == top)
+        });
+        Score { nll: sum - at_target, compared }
+    })
+}
+
+/// `job(row's logits, row, its target)` of all rows, shared among the threads.
+fn by_row<T: Default + Send>(
+    on: Compute<'_>,
+    logits: &mut [f32],
+    targets: &[u32],
+    job: impl Fn(&mut [f32], usize, usize) -> T + Sync,
+) -> Vec<T> {
+    let mut results: Vec<T> = Vec::new();
+    results.resize_with(targets.len(), T::default);
+    let cols = (logits.len() / targets.len().max(1)).max(1);
+    let mut rows: Vec<_> = logits.chunks_exact_mut(cols).zip(&mut results).collect();
+    on.team.for_plain_tiles(&mut rows, 1, (1, 1), |mut tile| {
+        for row in tile.rows() {
+            let (logits, result) = &mut tile.row(row)[0];
+            **result = job(logits, row, targets[row] as usize);
+        }
+    });
+    results
+}
+
+/// The largest value and where it is (the first, of equals).
+fn maximum(x: &[f32]) -> (f32, usize) {
+    (0..).zip(x).fold((f32::NEG_INFINITY, 0), |best, (i, &v)| if v > best.0 { (v, i) } else { best })
+}
+
+/// `x = exp(x - max)`; returns the sum.
+fn exp_sum(kernels: Kernels, x: &mut [f32], max: f32) -> f64 {
+    // In parts, so that single precision does not round the sum of a large vocabulary.
+    x.chunks_mut(1024).map(|x| f64::from(kernels.exp_sum(x, max))).sum()
+}
+
+/// Scores of many positions.
+#[derive(Clone, Default)]
+pub(super) struct Sums {
     nll: f64,
     nll_squared: f64,
     nll_full: f64,
@@ -204,30 +322,22 @@ struct Sums {
 }
 
 impl Sums {
-    /// Scores the logits `q` (and those of the full model, `p`) for the token that came.
-    fn add(&mut self, target: usize, q: &[f32], p: Option<&[f32]>) {
-        let (q_max, q_top, q_norm) = log_sum_exp(q);
-        let nll = q_max + q_norm - f64::from(q[target]);
+    pub fn add(&mut self, score: &Score) {
         self.tokens += 1;
-        self.nll += nll;
-        self.nll_squared += nll * nll;
-        let Some(p) = p else { return };
-        let (p_max, p_top, p_norm) = log_sum_exp(p);
-        self.nll_full += p_max + p_norm - f64::from(p[target]);
-        self.same_top1 += usize::from(q_top == p_top);
-        let (p_all, q_all) = (p_max + p_norm, q_max + q_norm);
-        let kl = p.iter().zip(q).map(|(&p, &q)| {
-            let (log_p, log_q) = (f64::from(p) - p_all, f64::from(q) - q_all);
-            log_p.exp() * (log_p - log_q)
-        });
-        self.kl.push(kl.sum::<f64>().max(0.0));
+        self.nll += score.nll;
+        self.nll_squared += score.nll * score.nll;
+        if let Some((nll, kl, same)) = score.compared {
+            self.nll_full += nll;
+            self.kl.push(kl);
+            self.same_top1 += usize::from(same);
+        }
     }
 
     fn mean_nll(&self) -> f64 {
         self.nll / self.tokens.max(1) as f64
     }
 
-    fn report(mut self, stats: &SkipStats, ffn_bytes: impl Fn(usize) -> u64) -> PerplexityReport {
+    pub fn report(mut self, stats: &SkipStats, ffn_bytes: impl Fn(usize) -> u64) -> PerplexityReport {
         let n = self.tokens.max(1) as f64;
         let nll = self.mean_nll();
         let variance = (self.nll_squared / n - nll * nll).max(0.0);
@@ -249,17 +359,4 @@ impl Sums {
             skipped_by_layer: stats.share_by_layer(),
         }
     }
-}
-
-/// Maximum, where it is (the first, of equals), and the log of the sum of exponentials relative to it.
-fn log_sum_exp(x: &[f32]) -> (f64, usize, f64) {
-    let (mut max, mut top) = (f32::NEG_INFINITY, 0);
-    for (i, &v) in x.iter().enumerate() {
-        if v > max {
-            (max, top) = (v, i);
-        }
-    }
-    let max = f64::from(max);
-    let sum: f64 = x.iter().map(|&v| (f64::from(v) - max).exp()).sum();
-    (max, top, sum.ln())
 }

@@ -22,6 +22,7 @@
 pub mod activations;
 #[cfg(target_arch = "aarch64")]
 mod arm;
+pub mod columns;
 pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -35,7 +36,9 @@ mod x86;
 
 use crate::gguf::GgmlType;
 use crate::quant;
+use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
+pub use columns::ColumnList;
 
 /// Weight rows in a [`Panel`].
 pub const PANEL_ROWS: usize = 32;
@@ -53,6 +56,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32], &mut [f32]),
     float: &'static float::Functions,
 }
 

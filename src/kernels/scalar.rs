@@ -15,6 +15,7 @@ pub(super) static ISA: Isa = Isa {
         unpack: quant::unpack_row,
         interleave,
         gemm,
+        columns: super::columns::scalar,
         float: &float::PORTABLE,
     },
 };

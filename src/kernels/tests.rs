@@ -1,6 +1,7 @@
 //! Every available kernel, every type, awkward shapes, against the scalar code on the same inputs.
 
 use super::*;
+use crate::quant::columns::{ColumnLayout, ColumnStrip, Touched};
 use crate::quant::{is_quantised, quantize_row};
 
 /// A small generator: tests need no better, and the same numbers every time.
@@ -166,6 +167,137 @@ fn dot_products_equal_scalar() {
         failures.len(),
         failures.iter().take(40).cloned().collect::<Vec<_>>().join("\n")
     );
+}
+
+/// Activations of which about one in `keep` is not zero (0: none, 1: all).
+fn sparse(rng: &mut Rng, cols: usize, keep: u64) -> Activations {
+    let mut x = rng.floats(cols);
+    for x in &mut x {
+        if keep == 0 || !rng.next().is_multiple_of(keep) {
+            *x = 0.0;
+        }
+    }
+    let mut acts = Activations::with_capacity(1, cols);
+    scalar().quantize(&x, acts.row_mut(0));
+    acts
+}
+
+fn by_columns(
+    k: Kernels,
+    strip: ColumnStrip<'_>,
+    list: &ColumnList,
+    groups: std::ops::Range<usize>,
+) -> Vec<f32> {
+    let (mut out, mut mins) = (vec![1f32; strip.width], vec![1f32; strip.width]);
+    k.columns(strip, list, groups, &mut out, &mut mins);
+    out
+}
+
+fn magnitude_of_mins(strip: ColumnStrip<'_>, acts: &Activations, o: usize) -> f32 {
+    if !strip.has_min {
+        return 0.0;
+    }
+    let x = acts.row(0);
+    let all: f32 = x.q[..x.cols].iter().enumerate().map(|(i, &q)| x.scale[i / 32] * f32::from(q).abs()).sum();
+    all * strip.head(2, o).abs() * (255.0 + strip.head(3, o).abs())
+}
+
+#[test]
+fn products_with_chosen_columns_equal_scalar() {
+    let mut rng = Rng(23);
+    let mut failures = Vec::new();
+    for k in kernels_under_test() {
+        for ty in quantised_types() {
+            for (outputs, blocks) in [(1, 1), (100, 3), (128, 5), (129, 1), (200, 2), (256, 9), (700, 3)] {
+                let cols = blocks * ty.block_len();
+                let rows = weights(&mut rng, ty, outputs, cols);
+                let matrix = quant::Matrix::new(ty, outputs, cols, &rows).unwrap();
+                let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+                let (heads, bytes) = quant::columns::packed(&layout, &matrix, 0);
+                let view = layout.view(0, &heads, &bytes);
+                for keep in [0, 1, 2, 5, 40] {
+                    let acts = sparse(&mut rng, cols, keep);
+                    let mut list = ColumnList::default();
+                    list.choose(acts.row(0), layout.group_len());
+                    let all = layout.groups();
+                    for groups in [0..all, all / 3..all, 0..all / 2] {
+                        let got = by_columns(k, view, &list, groups.clone());
+                        let want = by_columns(scalar(), view, &list, groups.clone());
+                        for o in 0..outputs {
+                            let row = &rows[o * ty.row_bytes(cols)..][..ty.row_bytes(cols)];
+                            // Mins and their zeros are added up apart, and are larger than their difference.
+                            let size = magnitude(ty, row, acts.row(0)) + magnitude_of_mins(view, &acts, o);
+                            if !close(got[o], want[o], size) {
+                                failures.push(format!(
+                                    "{} {ty} {outputs}x{cols} 1/{keep} {groups:?} output {o}: {} {}",
+                                    k.name(),
+                                    got[o],
+                                    want[o]
+                                ));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    let some: Vec<_> = failures.iter().take(40).cloned().collect();
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), some.join("\n"));
+}
+
+/// Scales of the column form are rounded to a part in 255 of a row's range; nothing else differs from the rows.
+#[test]
+fn chosen_columns_give_the_product_of_the_rows() {
+    let mut rng = Rng(29);
+    for ty in quantised_types() {
+        let cols = 4 * 256;
+        for keep in [1, 3] {
+            let mut rows = vec![0; 150 * ty.row_bytes(cols)];
+            quantize_row(ty, &rng.floats(150 * cols), &mut rows);
+            let layout = ColumnLayout::new(ty, 150, cols).unwrap();
+            let matrix = quant::Matrix::new(ty, 150, cols, &rows).unwrap();
+            let (heads, bytes) = quant::columns::packed(&layout, &matrix, 0);
+            let acts = sparse(&mut rng, cols, keep);
+            let mut list = ColumnList::default();
+            list.choose(acts.row(0), layout.group_len());
+            let mut want = vec![0f32; 150];
+            let got = by_columns(scalar(), layout.view(0, &heads, &bytes), &list, 0..layout.groups());
+            scalar().dot(ty, &rows, acts.row(0), &mut want);
+            let rms = (want.iter().map(|w| w * w).sum::<f32>() / 150.0).sqrt();
+            let error = (got.iter().zip(&want).map(|(g, w)| (g - w).powi(2)).sum::<f32>() / 150.0).sqrt();
+            assert!(error < 0.01 * rms, "{ty} 1/{keep}: {error} of {rms}");
+        }
+    }
+}
+
+#[test]
+fn lists_hold_what_is_not_zero() {
+    let mut rng = Rng(31);
+    for cols in [32, 96, 1280] {
+        for keep in [0, 1, 2, 7] {
+            let acts = sparse(&mut rng, cols, keep);
+            for group_len in [16, 32] {
+                let mut list = ColumnList::default();
+                list.choose(acts.row(0), group_len);
+                let mut dense = vec![0i8; cols];
+                let mut start = 0;
+                for g in &list.groups {
+                    for b in &list.bundles[start..g.end as usize] {
+                        for (c, a) in b.cols.into_iter().zip(b.acts) {
+                            assert_eq!(c as usize / group_len, g.group as usize);
+                            dense[c as usize] += a;
+                        }
+                    }
+                    start = g.end as usize;
+                }
+                assert_eq!(dense, acts.row(0).q[..cols]);
+                let lines = |n: usize| dense.chunks(n).filter(|c| c.iter().any(|&q| q != 0)).count();
+                let want = Touched { groups: lines(group_len), columns: lines(1) };
+                assert_eq!(list.touched(), want);
+                assert_eq!(columns::touched(acts.row(0), group_len), want);
+            }
+        }
+    }
 }
 
 #[test]

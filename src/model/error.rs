@@ -1,7 +1,7 @@
 //! Why a model cannot be run.
 
 use crate::kernels::KernelError;
-use crate::skip::SkipError;
+use crate::skip::{CalibrationError, SkipError};
 use crate::weights::WeightsError;
 
 /// Errors of loading a model or running a step.
@@ -16,6 +16,8 @@ pub enum ModelError {
     Kernel(#[from] KernelError),
     #[error(transparent)]
     Skip(#[from] SkipError),
+    #[error("{name}: {error}")]
+    Calibration { name: String, error: CalibrationError },
     #[error("architecture {found:?} is not supported; skiff runs {known}")]
     Architecture { found: String, known: &'static str },
     #[error("key {key:?} is {found}, expected {expected}")]
@@ -26,6 +28,14 @@ pub enum ModelError {
         "the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)"
     )]
     ContextFull { needed: usize, context: usize },
+    #[error("the cut plan has {found} layers, the model {layers}")]
+    CutLayers { found: usize, layers: usize },
+    #[error("the cut plan's {what} of layer {layer} has {found} entries, expected {expected} or none")]
+    CutShape { layer: usize, what: &'static str, found: usize, expected: usize },
+    #[error("the cut plan's {what} of layer {layer} has {found} at {index}, expected {expected}")]
+    CutValue { layer: usize, what: &'static str, index: usize, found: f32, expected: &'static str },
+    #[error("no memory for the FFN of layer {layer} by columns: {error}")]
+    CutMemory { layer: usize, error: std::io::Error },
     #[error("the threads cannot be started: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }

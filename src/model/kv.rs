@@ -85,6 +85,13 @@ impl KvCache {
         Ok(locked("the key/value cache", bytes, outcomes.try_for_each(|outcome| outcome))?)
     }
 
+    /// The keys of `layer` at `position`, heads concatenated, `[kv_heads * head_dim]`, rotated as attention uses them.
+    pub fn keys(&self, kernels: Kernels, layer: usize, position: usize) -> Vec<f32> {
+        let mut keys = vec![0.0; self.kv_heads * self.head_dim];
+        self.layers[layer].0.read(kernels, position, &mut keys);
+        keys
+    }
+
     pub(super) fn layer(&self, layer: usize) -> (&Store, &Store) {
         let (k, v) = &self.layers[layer];
         (k, v)

@@ -4,23 +4,29 @@
 //! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
 
 mod config;
+mod cut;
 mod error;
 mod forward;
 mod kv;
 mod layers;
-mod observe;
+mod probe;
 mod state;
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 pub use config::{Architecture, Config, RopeConfig};
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
-pub use observe::{InputObserver, Matrices};
+pub use probe::{FfnRows, Matrices, Probe};
 pub use state::{FfnStep, State};
 
+use crate::gguf::Gguf;
+use crate::ops::Compute;
+use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
+use cut::PreparedCut;
 
 /// A model whose weights are mapped. Shared by any number of sequences.
 pub struct Model {
@@ -29,11 +35,15 @@ pub struct Model {
     /// `[vocab, embedding]`
     embedding: Tensor,
     layers: Vec<Layer>,
+    /// What may be cut, by layer; empty until [`prepare_cuts`](Self::prepare_cuts).
+    cuts: Vec<Option<PreparedCut>>,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
     /// Angle per position of each pair of a head's rotated elements.
     rope_frequencies: Vec<f32>,
+    /// What is known about skipping in this model, once a file of it was read.
+    calibration: OnceLock<Calibration>,
 }
 
 impl Model {
@@ -66,7 +76,17 @@ impl Model {
             (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
-        Ok(Self { config, weights, embedding, layers, output_norm, output, rope_frequencies })
+        Ok(Self {
+            config,
+            weights,
+            embedding,
+            layers,
+            cuts: Vec::new(),
+            output_norm,
+            output,
+            rope_frequencies,
+            calibration: OnceLock::new(),
+        })
     }
 
     /// Shapes and constants.
@@ -94,5 +114,61 @@ impl Model {
     /// Weight bytes of all FFNs.
     pub fn ffn_bytes(&self) -> u64 {
         self.layers.iter().map(|l| l.ffn.bytes() as u64).sum()
+    }
+
+    /// The shapes that skip policies depend on.
+    pub fn facts(&self) -> ModelFacts {
+        let Config { layers, embedding, ffn, .. } = self.config;
+        ModelFacts { layers, embedding, ffn }
+    }
+
+    /// The policy that `options` ask for.
+    pub fn policy(&self, options: &SkipOptions) -> Result<Box<dyn SkipPolicy>, SkipError> {
+        options.policy(&self.facts(), self.calibration())
+    }
+
+    /// Makes ready what the policy of `options` needs beyond the file's weights: for cuts, see
+    /// [`prepare_cuts`](Self::prepare_cuts). States made before do not have the buffers for it.
+    pub fn prepare_skip(
+        &mut self,
+        on: Compute<'_>,
+        options: &SkipOptions,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        let options = options.resolved(self.calibration())?;
+        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
+        match plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()) {
+            Some(plan) => self.prepare_cuts(on, plan.clone(), progress),
+            None => Ok(()),
+        }
+    }
+
+    /// What is known about skipping in this model.
+    pub fn calibration(&self) -> Option<&Calibration> {
+        self.calibration.get()
+    }
+
+    /// Takes `calibration` for this model's; the first one stays.
+    pub fn set_calibration(&self, calibration: Calibration) -> &Calibration {
+        self.calibration.get_or_init(|| calibration)
+    }
+
+    /// Reads the calibration file at `path`.
+    ///
+    /// # Errors
+    /// It cannot be read, is malformed, or was made for another model.
+    pub fn load_calibration(&self, path: &Path) -> Result<&Calibration, ModelError> {
+        let wrong = |error| ModelError::Calibration { name: path.display().to_string(), error };
+        let file = Weights::open(path)?;
+        let read = Calibration::read(file.gguf(), file.bytes(), &self.facts(), &self.weights.fingerprint());
+        Ok(self.set_calibration(read.map_err(wrong)?))
+    }
+
+    /// Reads a calibration file from memory; `name` is for errors.
+    pub fn read_calibration(&self, name: &str, bytes: &[u8]) -> Result<&Calibration, ModelError> {
+        let wrong = |error| ModelError::Calibration { name: name.into(), error };
+        let file = Gguf::parse(bytes).map_err(|error| wrong(CalibrationError::Gguf(error)))?;
+        let read = Calibration::read(&file, bytes, &self.facts(), &self.weights.fingerprint());
+        Ok(self.set_calibration(read.map_err(wrong)?))
     }
 }

@@ -1,12 +1,14 @@
 //! What a sequence has of its own: cache, position, skipping state; and the buffers of a step.
 
-use super::observe::Observer;
-use super::{Config, InputObserver, KvCache, KvType, Model, ModelError};
+use std::ops::Range;
+
+use super::cut::CutScratch;
+use super::{KvCache, KvType, Model, ModelError, Probe};
 use crate::kernels::Kernels;
 use crate::memory::Pages;
 use crate::ops::attention::AttentionScratch;
 use crate::ops::{Compute, Inputs, MatmulScratch, RopeTable};
-use crate::skip::{SkipPolicy, SkipStats};
+use crate::skip::{Cut, SkipPolicy, SkipStats};
 use crate::threads::Team;
 
 /// A sequence being evaluated. All memory of decoding is allocated here, once.
@@ -19,9 +21,12 @@ pub struct State {
     pub(super) stats: SkipStats,
     /// Whether cosines are measured even if the policy does not ask.
     pub(super) measure: bool,
+    /// Looks on.
+    pub(super) probe: Option<Box<dyn Probe>>,
     /// Row of the last token in the buffers of the last step.
     pub(super) last_row: Option<usize>,
-    pub(super) observer: Observer,
+    /// Positions of the last step's tokens; empty once the cache has changed otherwise.
+    pub(super) last_step: Range<usize>,
 }
 
 /// Which tokens of a step the skip policy governs.
@@ -59,8 +64,16 @@ pub(super) struct Scratch {
     pub logits: Vec<f32>,
     /// `0..n`
     pub all_rows: Vec<usize>,
-    /// Rows whose FFN runs.
+    /// Rows that run the current layer at all.
+    pub in_layer: Vec<usize>,
+    /// Rows whose FFN runs in full.
     pub active: Vec<usize>,
+    /// Rows whose FFN runs with a cut.
+    pub cut_rows: Vec<usize>,
+    /// The cut of each of `cut_rows`.
+    pub cuts: Vec<Cut>,
+    /// Empty for models without a cut plan.
+    pub cut: CutScratch,
     /// The policy's state for each token of a step, where it governs several.
     pub policies: Vec<Box<dyn SkipPolicy>>,
     pub matmul: Vec<MatmulScratch>,
@@ -80,13 +93,14 @@ impl State {
         let batch = batch.clamp(1, context.max(1));
         Self {
             kv: KvCache::new(config, context, kv),
-            scratch: Scratch::new(config, batch, team.threads()),
+            scratch: Scratch::new(model, batch, team.threads()),
             position: 0,
             policy,
             stats: SkipStats::new(config.layers),
             measure: false,
+            probe: None,
             last_row: None,
-            observer: Observer::default(),
+            last_step: 0..0,
         }
     }
 
@@ -130,15 +144,15 @@ impl State {
         self.measure = measure;
     }
 
-    /// Has `observer` see what the matrices are multiplied with, from the next step on.
-    pub fn set_observer(&mut self, observer: Option<Box<dyn InputObserver>>) {
-        self.observer = Observer::new(observer);
+    /// Shows `probe` what the following steps compute, or nobody.
+    pub fn set_probe(&mut self, probe: Option<Box<dyn Probe>>) {
+        self.probe = probe;
     }
 
-    /// Replaces the policy.
-    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) {
-        self.policy = policy;
+    /// Replaces the policy, and returns the one before.
+    pub fn set_policy(&mut self, policy: Box<dyn SkipPolicy>) -> Box<dyn SkipPolicy> {
         self.scratch.policies.clear();
+        std::mem::replace(&mut self.policy, policy)
     }
 
     /// Name of the policy.
@@ -151,10 +165,22 @@ impl State {
         if position < self.position {
             self.position = position;
             self.last_row = None;
+            self.last_step = 0..0;
         }
         if self.position == 0 {
             self.policy.reset();
         }
+    }
+
+    /// Makes the first `rows` tokens of the last step the last ones: of the others nothing remains, but as
+    /// long as no other step follows, this may be called again with more rows.
+    ///
+    /// # Panics
+    /// If the last step had fewer tokens, or none.
+    pub fn keep_rows(&mut self, rows: usize) {
+        assert!(1 <= rows && rows <= self.last_step.len(), "{rows} rows of a step of {:?}", self.last_step);
+        self.position = self.last_step.start + rows;
+        self.last_row = Some(rows - 1);
     }
 
     /// Drops positions `keep..keep + drop` and moves the later ones down, their keys turned back to
@@ -193,6 +219,7 @@ impl State {
             }
         }
         self.position = end - drop;
+        self.last_step = 0..0;
         Ok(())
     }
 
@@ -208,7 +235,8 @@ impl State {
 }
 
 impl Scratch {
-    fn new(config: &Config, batch: usize, threads: usize) -> Self {
+    fn new(model: &Model, batch: usize, threads: usize) -> Self {
+        let config = model.config();
         let (d, q, kv, ffn) = (config.embedding, config.q_dim(), config.kv_dim(), config.ffn);
         let widest = config.vocab.max(ffn).max(q + 2 * kv).max(d);
         let matmul = || MatmulScratch::with_capacity(batch, widest.div_ceil(4 * threads));
@@ -225,7 +253,11 @@ impl Scratch {
             last: Inputs::with_refined_capacity(1, d),
             logits: vec![0.0; config.vocab],
             all_rows: (0..batch).collect(),
+            in_layer: Vec::with_capacity(batch),
             active: Vec::with_capacity(batch),
+            cut_rows: Vec::with_capacity(batch),
+            cuts: Vec::with_capacity(batch),
+            cut: CutScratch::new(model, batch),
             policies: Vec::new(),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: (0..threads).map(|_| attention()).collect(),

@@ -15,8 +15,10 @@ use crate::kernels::gemm_f32::View;
 pub const TILE: usize = 128;
 /// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
 const QUERY_ROWS: usize = 96;
-/// From so many query rows on, widening a tile pays.
-const WIDEN_ROWS: usize = 8;
+/// Up to so many tokens read the cache in place, each with the same operations as if it were alone, so that a
+/// draft can be verified in one step; for more, widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
+/// nor that of heads in a chunk changes how a token's sums are rounded.
+pub const MAX_ALONE: usize = 16;
 
 /// Where keys or values of one layer are read from: `n` positions of a head's `head_dim` numbers.
 pub trait CacheTile: Sync {
@@ -52,7 +54,7 @@ impl AttentionScratch {
     /// For decoding with up to `group` heads to a key/value head; prompts grow it once.
     pub fn with_capacity(group: usize, head_dim: usize) -> Self {
         let mut scratch = Self::default();
-        scratch.reserve(group.max(WIDEN_ROWS), head_dim);
+        scratch.reserve(group, head_dim);
         scratch
     }
 
@@ -90,7 +92,9 @@ pub fn attention(
     let tile = (tokens, chunk_heads * head_dim);
     on.team.for_tiles(out, heads * head_dim, tile, scratch, |scratch, mut tile| {
         let head = tile.cols().start / head_dim;
-        let block = Block { shape, kv_head: head / group, head, heads: chunk_heads, tokens: tile.rows() };
+        let in_place = rows <= MAX_ALONE;
+        let (kv_head, heads, tokens) = (head / group, chunk_heads, tile.rows());
+        let block = Block { shape, kv_head, head, heads, tokens, in_place };
         block.run(on.kernels, (q, q_stride), keys, values, scratch);
         for (i, t) in tile.rows().enumerate() {
             let n = chunk_heads * head_dim;
@@ -106,6 +110,7 @@ struct Block {
     head: usize,
     heads: usize,
     tokens: Range<usize>,
+    in_place: bool,
 }
 
 impl Block {
@@ -131,7 +136,7 @@ impl Block {
         let end = self.shape.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
-            if rows < WIDEN_ROWS {
+            if self.in_place {
                 self.tile_in_place(kernels, positions, keys, values, scratch);
             } else {
                 self.tile_widened(kernels, positions, keys, values, scratch);

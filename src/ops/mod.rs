@@ -4,15 +4,17 @@
 //! does not depend on the number of threads, so neither do the results.
 
 pub mod attention;
+mod columns;
 mod matmul;
 mod norm;
 mod rope;
 
+pub use columns::{COLUMN_ROWS, ColumnMatrix, column_scratch, matmul_columns};
 pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu};
-pub use norm::{add_rows, rms_norm};
+pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 
-use crate::kernels::{Activations, Kernels};
+use crate::kernels::{Activations, ColumnList, Kernels, Q8Row};
 use crate::memory::Pages;
 use crate::threads::Team;
 
@@ -78,6 +80,18 @@ impl Inputs {
     /// The unquantised rows, to be written before [`quantize`](Self::quantize).
     pub fn values_mut(&mut self) -> &mut [f32] {
         &mut self.f32[..self.rows * self.cols]
+    }
+
+    /// Row `row`, quantised.
+    pub fn quantised(&self, row: usize) -> Q8Row<'_> {
+        self.q8.row(row)
+    }
+
+    /// For each row the columns that are not zero, for matrices with groups of `group_len` columns.
+    pub fn choose_columns(&self, group_len: usize, lists: &mut [ColumnList]) {
+        for (r, list) in lists[..self.rows].iter_mut().enumerate() {
+            list.choose(self.q8.row(r), group_len);
+        }
     }
 
     /// Quantises what was written to [`values_mut`](Self::values_mut).

@@ -6,6 +6,19 @@ use super::{Compute, Inputs};
 ///
 /// `x` holds rows of `weight.len()` columns.
 pub fn rms_norm(on: Compute<'_>, x: &[f32], rows: &[usize], weight: &[f32], eps: f32, out: &mut Inputs) {
+    rms_norm_then(on, x, rows, weight, eps, out, |_, _| {});
+}
+
+/// [`rms_norm`] with `then(i, values)` applied to row `i` of `out` before it is quantised.
+pub fn rms_norm_then(
+    on: Compute<'_>,
+    x: &[f32],
+    rows: &[usize],
+    weight: &[f32],
+    eps: f32,
+    out: &mut Inputs,
+    then: impl Fn(usize, &mut [f32]) + Sync,
+) {
     let cols = weight.len();
     out.reshape(rows.len(), cols);
     out.fill(on, |i, out| {
@@ -15,6 +28,7 @@ pub fn rms_norm(on: Compute<'_>, x: &[f32], rows: &[usize], weight: &[f32], eps:
         for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
             *out = x * inverse * w;
         }
+        then(i, out);
     });
 }
 

@@ -23,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 pub mod block;
+pub mod columns;
 mod fit;
 mod float;
 mod iq4;

@@ -79,8 +79,8 @@ mod tests {
         let mut skipped = Vec::new();
         for (layer, &cosine) in cosines.iter().enumerate() {
             match policy.decide(layer) {
-                Decision::Run => policy.observe(layer, cosine),
                 Decision::Skip => skipped.push(layer),
+                _ => policy.observe(layer, cosine),
             }
         }
         skipped

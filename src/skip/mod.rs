@@ -2,24 +2,37 @@
 //!
 //! A policy belongs to one sequence. The forward pass asks [`SkipPolicy::decide`] before each FFN and
 //! reports the cosine of the residual stream before and after those that ran; nothing else in the
-//! model knows about skipping. Attention always runs, so every token has keys and values in every
-//! layer (FFN-SkipLLM, Jaiswal et al., EMNLP 2024, arXiv 2404.03865).
+//! model knows about skipping. Attention runs, so every token has keys and values in every layer
+//! (FFN-SkipLLM, Jaiswal et al., EMNLP 2024, arXiv 2404.03865). Some of the policies that the paper
+//! compares with leave out whole layers; their tokens have keys and values all the same.
 
+mod baselines;
+mod cut;
+mod cutting;
 mod ffn_skip;
+
+mod calibration;
 mod options;
 mod stats;
 
+pub use baselines::{Random, ShortGpt, SkipDecode, Static};
+pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point};
+pub use cut::{Cut, CutPlan, CutSide, LayerCut};
+pub use cutting::Cutting;
 pub use ffn_skip::FfnSkip;
-pub use options::{SkipError, SkipMode, SkipOptions};
+pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
 pub use stats::SkipStats;
 
 /// Whether an FFN runs for a token.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Decision {
     /// At full strength.
     Run,
     /// Not at all: the residual stream passes unchanged, and the weights are not read.
     Skip,
+    /// Without the inputs and neurons below these thresholds, in layers that the model's [`CutPlan`] has;
+    /// in others as [`Run`](Self::Run).
+    Cut(Cut),
 }
 
 /// Decides about the FFNs of one sequence.
@@ -30,6 +43,13 @@ pub trait SkipPolicy: Send {
     /// The next token begins. `index` counts the tokens that the policy governs: the generated ones,
     /// or all of the sequence where the prompt is included.
     fn begin_token(&mut self, index: usize);
+
+    /// Whether `layer` runs at all for the current token; asked once a layer, in order, before
+    /// [`decide`](Self::decide), which is only asked for layers that do. Where it does not, the residual
+    /// stream passes both attention and FFN unchanged; keys and values are still computed from it.
+    fn runs_layer(&mut self, _layer: usize) -> bool {
+        true
+    }
 
     /// Whether the FFN of `layer` runs for the current token. Called once a layer, in order.
     fn decide(&mut self, layer: usize) -> Decision;

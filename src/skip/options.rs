@@ -1,6 +1,6 @@
 //! What a user asks for, checked against the model it is for.
 
-use super::{FfnSkip, Never, SkipPolicy};
+use super::{Calibration, Cutting, FfnSkip, Never, Random, ShortGpt, SkipDecode, SkipPolicy, Static};
 
 /// Which policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -8,8 +8,20 @@ pub enum SkipMode {
     /// None.
     #[default]
     Off,
+    /// The best that the calibration offers at its stated quality.
+    Auto,
     /// The paper's.
     FfnSkip,
+    /// The same FFNs for every token.
+    Static,
+    /// Random FFNs.
+    Random,
+    /// Whole layers of least influence.
+    ShortGpt,
+    /// Whole layers, the more the later the token.
+    SkipDecode,
+    /// Inputs and neurons of every FFN.
+    Cut,
 }
 
 /// A policy and its parameters. `None`: the default for the model.
@@ -17,17 +29,31 @@ pub enum SkipMode {
 pub struct SkipOptions {
     /// Which policy.
     pub mode: SkipMode,
+    /// Share to be skipped by tokens past the warm-up, 0 to 1: of the FFN blocks, or of the FFN weight bytes
+    /// where parts of FFNs are left out. Sets the strength of any policy.
+    pub ratio: Option<f32>,
     /// Cosine from which an FFN fires (default 0.98).
     pub threshold: Option<f32>,
     /// FFNs skipped once fired (default 1).
     pub k: Option<usize>,
     /// Tokens that run in full first (default 25: the paper's figure 5 finds no gain beyond 25-30).
     pub warm_up: Option<usize>,
-    /// First layer that may be skipped and first after the last that may (default: all but the first
-    /// and the last two, whose FFNs turn the stream most).
+    /// First layer that may be skipped and first after the last that may (default: what calibration found,
+    /// else all but the first and the last two, whose FFNs turn the stream most).
     pub cold: Option<(usize, usize)>,
+    /// Seed of `random`.
+    pub seed: u64,
     /// Whether prompt tokens past the warm-up are governed too.
     pub prefill: bool,
+}
+
+/// The shapes that policies depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct ModelFacts {
+    pub layers: usize,
+    pub embedding: usize,
+    pub ffn: usize,
 }
 
 /// Why options do not fit.
@@ -35,47 +61,203 @@ pub struct SkipOptions {
 #[allow(missing_docs)]
 pub enum SkipError {
     #[error("unknown skip policy {found:?}; known: {known}")]
-    UnknownMode { found: String, known: &'static str },
+    UnknownMode { found: String, known: String },
     #[error("--skip-threshold {found}: a cosine lies between -1 and 1")]
     Threshold { found: f32 },
     #[error("--skip-k {found}: must be between 1 and the number of layers, {layers}")]
     K { found: usize, layers: usize },
     #[error("--skip-cold {start},{end}: expected start <= end <= {layers}, the number of layers")]
     Cold { start: usize, end: usize, layers: usize },
+    #[error("--skip-ratio {found}: a share lies between 0 and 1")]
+    Ratio { found: f32 },
+    #[error("--skip-ratio {found}: {mode} reaches {most:.3} at most with this model and these cold regions")]
+    RatioTooHigh { found: f32, mode: &'static str, most: f32 },
+    #[error("--skip {mode} has no {flag}: its strength is set with --skip-ratio")]
+    Unused { mode: &'static str, flag: &'static str },
+    #[error("--skip-ratio sets the threshold: give one of the two")]
+    RatioAndThreshold,
+    #[error("--skip-ratio is calibrated for --skip-k 1; with {found}, give --skip-threshold")]
+    RatioAndK { found: usize },
+    #[error("--skip {mode} needs --skip-ratio")]
+    NeedsRatio { mode: &'static str },
+    #[error(
+        "--skip {mode}{with} needs a calibration of the model: make one with `skiff calibrate -m MODEL -f TEXT`, \
+         which is found beside the model, or name its file with --skip-file"
+    )]
+    NeedsCalibration { mode: &'static str, with: &'static str },
+    #[error(
+        "--skip auto: the calibration file has no setting of sufficient quality; name a policy and a ratio"
+    )]
+    NoPoint,
+    #[error("--skip cut: the calibration file has nothing on neurons; calibrate anew")]
+    NoCuts,
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 2] = [("off", Self::Off), ("ffn-skip", Self::FfnSkip)];
-    const KNOWN: &'static str = "off, ffn-skip";
+    const NAMES: [(&'static str, Self); 8] = [
+        ("off", Self::Off),
+        ("auto", Self::Auto),
+        ("ffn-skip", Self::FfnSkip),
+        ("static", Self::Static),
+        ("random", Self::Random),
+        ("shortgpt", Self::ShortGpt),
+        ("skipdecode", Self::SkipDecode),
+        ("cut", Self::Cut),
+    ];
+
+    /// The name of every mode, as `--skip` takes it.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        Self::NAMES.iter().map(|row| row.0)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Self::NAMES.iter().find(|row| row.1 == self).map_or("off", |row| row.0)
+    }
 
     /// The mode called `name`.
     pub fn from_name(name: &str) -> Result<Self, SkipError> {
         let row = Self::NAMES.iter().find(|row| row.0 == name);
-        row.map(|row| row.1).ok_or_else(|| SkipError::UnknownMode { found: name.into(), known: Self::KNOWN })
+        row.map(|row| row.1).ok_or_else(|| SkipError::UnknownMode {
+            found: name.into(),
+            known: Self::names().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Whether there is no policy of this mode without a calibration, whatever the parameters.
+    pub fn needs_calibration(self) -> bool {
+        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut)
     }
 }
 
 impl SkipOptions {
-    /// The policy for a model of `layers` layers.
-    pub fn policy(&self, layers: usize) -> Result<Box<dyn SkipPolicy>, SkipError> {
-        let threshold = self.threshold.unwrap_or(0.98);
-        let k = self.k.unwrap_or(1);
-        let (start, end) = self.cold.unwrap_or((1.min(layers), layers.saturating_sub(2).max(1)));
-        if !(-1.0..=1.0).contains(&threshold) {
-            return Err(SkipError::Threshold { found: threshold });
-        }
-        if !(1..=layers).contains(&k) {
-            return Err(SkipError::K { found: k, layers });
-        }
-        if start > end || end > layers {
-            return Err(SkipError::Cold { start, end, layers });
-        }
+    /// The policy for a model, with what calibration has found about it.
+    pub fn policy(
+        &self,
+        facts: &ModelFacts,
+        calibration: Option<&Calibration>,
+    ) -> Result<Box<dyn SkipPolicy>, SkipError> {
+        self.check(facts)?;
+        let warm_up = self.warm_up.unwrap_or(25);
+        let (start, end) = self.warm_layers(facts, calibration);
+        let (layers, warm) = (facts.layers, start..end);
         Ok(match self.mode {
             SkipMode::Off => Box::new(Never),
+            SkipMode::Auto => return self.resolved(calibration)?.policy(facts, calibration),
             SkipMode::FfnSkip => {
-                Box::new(FfnSkip::new(threshold, k, self.warm_up.unwrap_or(25), (start, end)))
+                let threshold = self.ffn_skip_threshold(calibration)?;
+                Box::new(FfnSkip::new(threshold, self.k.unwrap_or(1), warm_up, (start, end)))
+            }
+            SkipMode::Static => {
+                let order = self.calibrated(calibration)?.static_order(warm);
+                Box::new(Static::new(self.first_of(&order, layers)?, layers, warm_up))
+            }
+            SkipMode::Random => {
+                let ratio = self.needed_ratio()?;
+                let most = warm.len() as f32 / layers as f32;
+                if ratio > most {
+                    return Err(self.too_high(ratio, most));
+                }
+                let probability = f64::from(ratio) / f64::from(most.max(f32::MIN_POSITIVE));
+                Box::new(Random::new(probability, self.seed, warm_up, warm))
+            }
+            SkipMode::ShortGpt => {
+                let order = self.calibrated(calibration)?.influence_order(warm);
+                Box::new(ShortGpt::new(self.first_of(&order, layers)?, layers, warm_up))
+            }
+            SkipMode::SkipDecode => {
+                let ratio = self.needed_ratio()?;
+                let slope = SkipDecode::slope(f64::from(ratio), layers, warm_up, &warm);
+                let slope = slope.ok_or_else(|| self.too_high(ratio, warm.len() as f32 / layers as f32))?;
+                Box::new(SkipDecode::new(slope, warm_up, warm))
+            }
+            SkipMode::Cut => {
+                let calibrated = self.calibrated(calibration)?.cut.as_ref().ok_or(SkipError::NoCuts)?;
+                let ratio = self.needed_ratio()?;
+                let threshold = calibrated.curve.strength(ratio);
+                let threshold = threshold.ok_or_else(|| self.too_high(ratio, calibrated.curve.most()))?;
+                // The plan knows which layers cannot be cut; the cold regions are those of whole blocks.
+                let (start, end) = self.cold.unwrap_or((0, layers));
+                Box::new(Cutting::new(threshold, warm_up, start..end))
             }
         })
+    }
+
+    /// These options with `auto` replaced by what it stands for.
+    pub fn resolved(&self, calibration: Option<&Calibration>) -> Result<Self, SkipError> {
+        if self.mode != SkipMode::Auto {
+            return Ok(self.clone());
+        }
+        let point = self.calibrated(calibration)?.auto_point().ok_or(SkipError::NoPoint)?;
+        let mode = SkipMode::from_name(&point.policy)?;
+        match mode {
+            SkipMode::Auto => Err(SkipError::NoPoint),
+            mode => Ok(Self { mode, ratio: Some(point.ratio), ..self.clone() }),
+        }
+    }
+
+    fn check(&self, facts: &ModelFacts) -> Result<(), SkipError> {
+        let (layers, mode) = (facts.layers, self.mode.name());
+        if let Some(found) = self.ratio.filter(|r| !(0.0..=1.0).contains(r)) {
+            return Err(SkipError::Ratio { found });
+        }
+        if let Some(found) = self.threshold.filter(|t| !(-1.0..=1.0).contains(t)) {
+            return Err(SkipError::Threshold { found });
+        }
+        if let Some(found) = self.k.filter(|k| !(1..=layers).contains(k)) {
+            return Err(SkipError::K { found, layers });
+        }
+        if let Some((start, end)) = self.cold.filter(|&(start, end)| start > end || end > layers) {
+            return Err(SkipError::Cold { start, end, layers });
+        }
+        if self.mode == SkipMode::Auto && self.ratio.is_some() {
+            return Err(SkipError::Unused { mode, flag: "--skip-ratio" });
+        }
+        if !matches!(self.mode, SkipMode::FfnSkip | SkipMode::Off) {
+            let given = [("--skip-threshold", self.threshold.is_some()), ("--skip-k", self.k.is_some())];
+            if let Some((flag, _)) = given.into_iter().find(|g| g.1) {
+                return Err(SkipError::Unused { mode, flag });
+            }
+        }
+        Ok(())
+    }
+
+    fn warm_layers(&self, facts: &ModelFacts, calibration: Option<&Calibration>) -> (usize, usize) {
+        let layers = facts.layers;
+        let guess = (1.min(layers), layers.saturating_sub(2).max(1));
+        self.cold.or(calibration.map(|c| c.cold)).unwrap_or(guess)
+    }
+
+    fn ffn_skip_threshold(&self, calibration: Option<&Calibration>) -> Result<f32, SkipError> {
+        let Some(ratio) = self.ratio else { return Ok(self.threshold.unwrap_or(0.98)) };
+        if self.threshold.is_some() {
+            return Err(SkipError::RatioAndThreshold);
+        }
+        if let Some(found) = self.k.filter(|&k| k != 1) {
+            return Err(SkipError::RatioAndK { found });
+        }
+        let curve = &self.calibrated(calibration)?.ffn_skip;
+        curve.strength(ratio).ok_or_else(|| self.too_high(ratio, curve.most()))
+    }
+
+    fn calibrated<'c>(&self, calibration: Option<&'c Calibration>) -> Result<&'c Calibration, SkipError> {
+        let with = if self.mode.needs_calibration() { "" } else { " with --skip-ratio" };
+        calibration.ok_or(SkipError::NeedsCalibration { mode: self.mode.name(), with })
+    }
+
+    fn needed_ratio(&self) -> Result<f32, SkipError> {
+        self.ratio.ok_or(SkipError::NeedsRatio { mode: self.mode.name() })
+    }
+
+    fn too_high(&self, found: f32, most: f32) -> SkipError {
+        SkipError::RatioTooHigh { found, mode: self.mode.name(), most }
+    }
+
+    /// As many of `order` as come closest to the ratio, of `layers`.
+    fn first_of<'o>(&self, order: &'o [usize], layers: usize) -> Result<&'o [usize], SkipError> {
+        let ratio = self.needed_ratio()?;
+        let n = (ratio * layers as f32).round() as usize;
+        order.get(..n).ok_or_else(|| self.too_high(ratio, order.len() as f32 / layers as f32))
     }
 }
 
@@ -83,18 +265,92 @@ impl SkipOptions {
 mod tests {
     use super::*;
 
+    const FACTS: ModelFacts = ModelFacts { layers: 30, embedding: 64, ffn: 96 };
+
+    fn with(mode: SkipMode, f: fn(&mut SkipOptions)) -> Result<&'static str, SkipError> {
+        let mut o = SkipOptions { mode, ..Default::default() };
+        f(&mut o);
+        o.policy(&FACTS, None).map(|p| p.name())
+    }
+
     #[test]
     fn wrong_options_are_named() {
-        let with = |f: fn(&mut SkipOptions)| {
-            let mut o = SkipOptions { mode: SkipMode::FfnSkip, ..Default::default() };
-            f(&mut o);
-            o.policy(30).map(|p| p.name())
-        };
-        assert_eq!(with(|_| {}), Ok("ffn-skip"));
-        assert_eq!(with(|o| o.threshold = Some(1.5)), Err(SkipError::Threshold { found: 1.5 }));
-        assert!(with(|o| o.threshold = Some(f32::NAN)).is_err());
-        assert_eq!(with(|o| o.k = Some(0)), Err(SkipError::K { found: 0, layers: 30 }));
-        assert_eq!(with(|o| o.cold = Some((3, 31))), Err(SkipError::Cold { start: 3, end: 31, layers: 30 }));
+        use SkipMode::*;
+        assert_eq!(with(FfnSkip, |_| {}), Ok("ffn-skip"));
+        assert_eq!(with(FfnSkip, |o| o.threshold = Some(1.5)), Err(SkipError::Threshold { found: 1.5 }));
+        assert!(with(FfnSkip, |o| o.threshold = Some(f32::NAN)).is_err());
+        assert_eq!(with(FfnSkip, |o| o.k = Some(0)), Err(SkipError::K { found: 0, layers: 30 }));
+        let cold = SkipError::Cold { start: 3, end: 31, layers: 30 };
+        assert_eq!(with(FfnSkip, |o| o.cold = Some((3, 31))), Err(cold));
         assert!(SkipMode::from_name("ffnskip").is_err());
+        assert_eq!(with(Random, |_| {}), Err(SkipError::NeedsRatio { mode: "random" }));
+        assert_eq!(with(Random, |o| o.ratio = Some(0.2)), Ok("random"));
+        assert_eq!(with(Random, |o| o.ratio = Some(1.2)), Err(SkipError::Ratio { found: 1.2 }));
+        assert!(matches!(with(Random, |o| o.ratio = Some(0.95)), Err(SkipError::RatioTooHigh { .. })));
+        let unused = SkipError::Unused { mode: "skipdecode", flag: "--skip-k" };
+        let k = |o: &mut SkipOptions| (o.ratio, o.k) = (Some(0.2), Some(2));
+        assert_eq!(with(SkipDecode, k), Err(unused));
+    }
+
+    #[test]
+    fn what_needs_a_calibration_says_how_to_make_one() {
+        for mode in [SkipMode::Auto, SkipMode::Static, SkipMode::ShortGpt, SkipMode::Cut] {
+            let error = with(mode, |o| o.ratio = (o.mode != SkipMode::Auto).then_some(0.1)).unwrap_err();
+            assert!(error.to_string().contains("skiff calibrate"), "{error}");
+        }
+        let error = with(SkipMode::FfnSkip, |o| o.ratio = Some(0.1)).unwrap_err();
+        assert!(error.to_string().contains("ffn-skip with --skip-ratio needs"), "{error}");
+    }
+
+    fn calibration() -> Calibration {
+        Calibration {
+            cosines: (0..30).map(|l| if l % 2 == 0 { 0.9 } else { 0.95 + l as f32 / 1000.0 }).collect(),
+            influence: (0..30).map(|l| l as f32 / 100.0).collect(),
+            cold: (2, 28),
+            ffn_skip: crate::skip::Curve { ratios: vec![0.1, 0.3], strengths: vec![0.99, 0.97] },
+            ..Calibration::default()
+        }
+    }
+
+    /// Layers that the token after the warm-up skips.
+    fn skipped(options: &SkipOptions) -> Vec<usize> {
+        let mut policy = options.policy(&FACTS, Some(&calibration())).unwrap();
+        policy.begin_token(25);
+        let skips = |l: &usize| !policy.runs_layer(*l) || policy.decide(*l) == crate::skip::Decision::Skip;
+        (0..30).filter(skips).collect()
+    }
+
+    #[test]
+    fn calibration_chooses_the_layers() {
+        let of = |mode| SkipOptions { mode, ratio: Some(0.1), ..Default::default() };
+        assert_eq!(skipped(&of(SkipMode::Static)), [23, 25, 27]);
+        assert_eq!(skipped(&of(SkipMode::ShortGpt)), [2, 3, 4]);
+        let cold = SkipOptions { cold: Some((0, 20)), ..of(SkipMode::Static) };
+        assert_eq!(skipped(&cold), [15, 17, 19]);
+        let most = SkipOptions { ratio: Some(0.9), ..of(SkipMode::Static) };
+        let error = most.policy(&FACTS, Some(&calibration())).err().unwrap();
+        assert!(matches!(error, SkipError::RatioTooHigh { mode: "static", .. }), "{error}");
+    }
+
+    #[test]
+    fn auto_is_what_the_file_says() {
+        let mut calibration = calibration();
+        let auto = SkipOptions { mode: SkipMode::Auto, ..Default::default() };
+        assert_eq!(auto.resolved(Some(&calibration)), Err(SkipError::NoPoint));
+        calibration.points = vec![super::super::Point {
+            policy: "static".into(),
+            ratio: 0.2,
+            blocks: 0.2,
+            bytes: 0.2,
+            perplexity: 1.5,
+            kl: 0.4,
+            same_top1: 0.6,
+        }];
+        calibration.auto = Some(0);
+        let resolved = auto.resolved(Some(&calibration)).unwrap();
+        assert_eq!((resolved.mode, resolved.ratio), (SkipMode::Static, Some(0.2)));
+        // A file cannot send it round in circles.
+        calibration.points[0].policy = "auto".into();
+        assert_eq!(auto.resolved(Some(&calibration)), Err(SkipError::NoPoint));
     }
 }

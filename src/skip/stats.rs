@@ -10,6 +10,9 @@ pub struct SkipStats {
 struct Layer {
     ran: u64,
     skipped: u64,
+    left_out: u64,
+    /// Bytes of the FFNs that ran which cuts left unread; less than nothing where the cut form is larger.
+    unread: i64,
     cosine_sum: f64,
     cosines: u64,
 }
@@ -30,6 +33,16 @@ impl SkipStats {
         self.layers[layer].skipped += rows;
     }
 
+    /// The layer was left out as a whole for `rows` tokens, whose FFNs are counted as skipped too.
+    pub fn left_out(&mut self, layer: usize, rows: u64) {
+        self.layers[layer].left_out += rows;
+    }
+
+    /// Of an FFN that [`ran`](Self::ran), so many weight bytes were not read.
+    pub fn unread(&mut self, layer: usize, bytes: i64) {
+        self.layers[layer].unread += bytes;
+    }
+
     /// The cosine of an FFN that ran.
     pub fn cosine(&mut self, layer: usize, cosine: f32) {
         let layer = &mut self.layers[layer];
@@ -45,6 +58,8 @@ impl SkipStats {
         for (a, b) in self.layers.iter_mut().zip(&other.layers) {
             a.ran += b.ran;
             a.skipped += b.skipped;
+            a.left_out += b.left_out;
+            a.unread += b.unread;
             a.cosine_sum += b.cosine_sum;
             a.cosines += b.cosines;
         }
@@ -52,17 +67,32 @@ impl SkipStats {
 
     /// Share of FFN blocks skipped, 0 to 1.
     pub fn share(&self) -> f64 {
-        self.weighted_share(|_| 1)
-    }
-
-    /// Share of FFN weight bytes left unread, 0 to 1, where tokens are decoded one at a time;
-    /// `bytes(layer)` is the size of a layer's FFN.
-    pub fn weighted_share(&self, bytes: impl Fn(usize) -> u64) -> f64 {
-        let sum = |of: fn(&Layer) -> u64| -> u64 {
-            self.layers.iter().enumerate().map(|(i, l)| of(l) * bytes(i)).sum()
-        };
+        let sum = |of: fn(&Layer) -> u64| -> u64 { self.layers.iter().map(of).sum() };
         let (skipped, all) = (sum(|l| l.skipped), sum(|l| l.ran + l.skipped));
         if all == 0 { 0.0 } else { skipped as f64 / all as f64 }
+    }
+
+    /// Share of layers left out as a whole, 0 to 1.
+    pub fn layer_share(&self) -> f64 {
+        let sum = |of: fn(&Layer) -> u64| self.layers.iter().map(of).sum::<u64>();
+        let all = sum(|l| l.ran + l.skipped);
+        if all == 0 { 0.0 } else { sum(|l| l.left_out) as f64 / all as f64 }
+    }
+
+    /// Share of FFN weight bytes left unread, up to 1, where tokens are decoded one at a time: those of
+    /// skipped blocks and those that cuts left out. `bytes(layer)` is the size of a layer's FFN.
+    pub fn weighted_share(&self, bytes: impl Fn(usize) -> u64) -> f64 {
+        let sum = |of: fn(&Layer) -> u64| -> f64 {
+            self.layers.iter().enumerate().map(|(i, l)| (of(l) * bytes(i)) as f64).sum()
+        };
+        let cut: f64 = self.layers.iter().map(|l| l.unread as f64).sum();
+        let (skipped, all) = (sum(|l| l.skipped), sum(|l| l.ran + l.skipped));
+        if all == 0.0 { 0.0 } else { (skipped + cut) / all }
+    }
+
+    /// Bytes that cuts left unread in each layer, of all tokens; below 0 where the cut form is larger.
+    pub fn unread_by_layer(&self) -> impl Iterator<Item = i64> {
+        self.layers.iter().map(|l| l.unread)
     }
 
     /// Share of FFN blocks skipped in each layer, 0 to 1.
@@ -87,15 +117,21 @@ mod tests {
         assert_eq!(stats.share(), 0.0);
         stats.ran(0, 3);
         stats.skipped(1, 1);
+        stats.left_out(1, 1);
         stats.cosine(0, 0.5);
         stats.cosine(0, 1.0);
         stats.cosine(0, f32::NAN);
         assert_eq!(stats.share(), 0.25);
         assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 0.5);
+        assert_eq!(stats.layer_share(), 0.25);
         assert_eq!(stats.share_by_layer(), [0.0, 1.0]);
         assert_eq!(stats.mean_cosines(), [Some(0.75), None]);
         let mut twice = stats.clone();
         twice.add(&stats);
         assert_eq!(twice.share(), 0.25);
+        // Two of the three bytes that layer 0 would have read.
+        stats.unread(0, 2);
+        assert_eq!(stats.share(), 0.25);
+        assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 5.0 / 6.0);
     }
 }

@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
+use sha2::{Digest, Sha256};
 
 use crate::gguf::{GgmlType, Gguf, Metadata, ShardSet, TensorInfo};
 use crate::memory::Pages;
@@ -28,6 +29,10 @@ pub use error::WeightsError;
 pub use lock::locked;
 pub use numa::interleave;
 use residency::Done;
+
+/// Places of a file's data that its fingerprint covers, evenly spread, and bytes at each: a page.
+const SAMPLES: usize = 256;
+const SAMPLE_BYTES: usize = 4096;
 
 /// The files of a model.
 pub struct Weights {
@@ -113,6 +118,11 @@ impl Weights {
         &self.shards[0].gguf
     }
 
+    /// Bytes of the first file.
+    pub fn bytes(&self) -> &[u8] {
+        &self.shards[0].bytes
+    }
+
     /// Path of the first file.
     pub fn path(&self) -> &Path {
         &self.shards[0].path
@@ -167,6 +177,22 @@ impl Weights {
     /// Whether the weights are used where they lie in the page cache.
     pub fn is_mapped(&self) -> bool {
         matches!(*self.shards[0].bytes, Bytes::Mapped(_))
+    }
+
+    /// A name for exactly these weights: SHA-256, in hexadecimal, of every header and of samples of the data
+    /// behind it, so that it takes milliseconds whatever the size.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for shard in &self.shards {
+            let (header, data) = shard.bytes.split_at(shard.bytes.len().min(shard.gguf.data_start as usize));
+            hash.update((shard.bytes.len() as u64).to_le_bytes());
+            hash.update(header);
+            let step = data.len().div_ceil(SAMPLES).max(SAMPLE_BYTES);
+            for sample in data.chunks(step) {
+                hash.update(&sample[..sample.len().min(SAMPLE_BYTES)]);
+            }
+        }
+        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// Number of files.

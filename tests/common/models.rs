@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use skiff::gguf::{Builder, GgmlType, Value};
+use skiff::gguf::{Builder, GgmlType, StringArray, Value};
 use skiff::model::{Model, ModelError};
 use skiff::quant;
 
@@ -180,4 +180,21 @@ pub fn load_bytes(bytes: &[u8]) -> Result<Model, ModelError> {
     let path = folder.path().join("model.gguf");
     std::fs::write(&path, bytes).unwrap();
     Model::load(&path)
+}
+
+impl ModelFile {
+    /// Gives the model a vocabulary, with which an engine can load it: `<unk>`, begin and end, every byte, and words.
+    pub fn set_vocabulary(&mut self) {
+        let vocab = self.shape("token_embd.weight")[1];
+        let special = ["<unk>", "<s>", "</s>"].map(String::from);
+        let bytes = (0..256).map(|b| format!("<0x{b:02X}>"));
+        let words = (0..vocab - 259).map(|i| format!("w{i}"));
+        let tokens: StringArray = special.into_iter().chain(bytes).chain(words).collect();
+        let kind = |i: usize| [2, 3, 3].get(i).copied().unwrap_or(if i < 259 { 6 } else { 1 });
+        self.set_key("tokenizer.ggml.model", "llama");
+        self.set_key("tokenizer.ggml.tokens", tokens);
+        self.set_key("tokenizer.ggml.token_type", (0..vocab).map(kind).collect::<Vec<i32>>());
+        self.set_key("tokenizer.ggml.scores", (0..vocab).map(|i| i as f32).collect::<Vec<f32>>());
+        self.set_key("tokenizer.ggml.eos_token_id", 2u32);
+    }
 }

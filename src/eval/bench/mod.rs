@@ -128,7 +128,7 @@ impl<'a> Run<'a> {
         go_on: &dyn Fn() -> bool,
     ) -> Result<Self, ModelError> {
         let config = model.config();
-        let policy = options.skip.policy(config.layers)?;
+        let policy = model.policy(&options.skip)?;
         let mut state = State::new(model, team, (test.context(), options.batch), options.kv, policy);
         if options.mlock {
             state.lock()?;
@@ -187,7 +187,7 @@ impl<'a> Run<'a> {
     ) -> Result<Option<Duration>, ModelError> {
         let depth = self.test.depth;
         self.state.truncate(depth);
-        self.state.set_policy(self.options.skip.policy(self.model.config().layers)?);
+        self.state.set_policy(self.model.policy(&self.options.skip)?);
         let started = Instant::now();
         self.prompt(depth, prompt, self.options.skip.prefill, go_on)?;
         if prompt > 0 {

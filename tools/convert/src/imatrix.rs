@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use skiff::gguf::{Builder, GgmlType, Gguf, StringArray};
-use skiff::model::{FfnStep, InputObserver, KvType, Matrices, State};
+use skiff::model::{FfnStep, KvType, Matrices, Probe, State};
+use skiff::ops::Inputs;
 use skiff::session::Engine;
 use skiff::skip::Never;
 use skiff::tokenizer::EncodeOptions;
@@ -198,7 +199,7 @@ pub fn compute(options: &ComputeOptions<'_>, out: &Path) -> Result<(usize, usize
         KvType::F16,
         Box::new(Never),
     );
-    state.set_observer(Some(Box::new(Collector(sums.clone()))));
+    state.set_probe(Some(Box::new(sums.clone())));
     let progress = Progress::counting("imatrix", "tokens", (chunks * options.window) as u64, options.quiet);
     for window in tokens.chunks_exact(options.window).take(chunks) {
         let mut window = window.to_vec();
@@ -227,13 +228,10 @@ impl Sums {
     }
 }
 
-struct Collector(Arc<Mutex<Sums>>);
-
-impl InputObserver for Collector {
-    fn observe(&mut self, layer: usize, matrices: Matrices, rows: &[f32], columns: usize) {
-        let mut sums = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let entry = sums.0.entry((layer, matrices)).or_insert_with(|| (vec![0.0; columns], 0));
-        for row in rows.chunks_exact(columns) {
+impl Probe for Sums {
+    fn matmul(&mut self, layer: usize, matrices: Matrices, x: &Inputs) {
+        let entry = self.0.entry((layer, matrices)).or_insert_with(|| (vec![0.0; x.cols()], 0));
+        for row in x.values().chunks_exact(x.cols()) {
             for (sum, &x) in entry.0.iter_mut().zip(row) {
                 *sum += f64::from(x) * f64::from(x);
             }

@@ -18,6 +18,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,
         gemm,
+        columns: crate::kernels::columns::scalar,
         float: &neon::FLOAT,
     },
 };

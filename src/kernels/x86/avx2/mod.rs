@@ -25,6 +25,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm,
+        columns: crate::kernels::columns::scalar,
         float: &FLOAT,
     },
 };

@@ -1,6 +1,7 @@
 //! AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes to each 32-bit lane.
 
 mod blocks;
+mod columns;
 mod dot;
 mod gemm;
 
@@ -29,6 +30,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm: gemm::gemm,
+        columns: columns::columns,
         float: &FLOAT,
     },
 };

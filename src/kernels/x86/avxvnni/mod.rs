@@ -18,6 +18,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: avx2::dot::unpack,
         interleave: avx2::gemm::interleave,
         gemm,
+        columns: crate::kernels::columns::scalar,
         float: &avx2::FLOAT,
     },
 };
@@ -77,6 +78,7 @@ pub(in crate::kernels) mod evex {
             unpack: avx2::dot::unpack,
             interleave: avx2::gemm::interleave,
             gemm,
+            columns: crate::kernels::columns::scalar,
             float: &avx2::FLOAT,
         },
     };

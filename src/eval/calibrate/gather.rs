@@ -1,0 +1,122 @@
+//! What calibration reads off a forward pass of the full model.
+
+use crate::model::{FfnRows, Probe};
+
+/// Tokens whose vectors are kept for quantiles: 128 of them give each layer tens of thousands of entries.
+pub(super) const SAMPLES: usize = 128;
+
+/// Sums over the tokens of the calibration text, one [`LayerSums`] a layer.
+pub(super) struct Gatherer {
+    pub layers: Vec<LayerSums>,
+    /// Positions of a window before this one are not counted: the first tokens' activations are outliers
+    /// (attention sinks, Xiao et al. 2023), and they run in full anyway.
+    warm_up: usize,
+    embedding: usize,
+    /// Every so many tokens one is kept as a sample.
+    every: usize,
+    /// The stream that entered the layer before.
+    entered: Vec<f32>,
+}
+
+#[derive(Clone, Default)]
+pub(super) struct LayerSums {
+    pub tokens: usize,
+    /// `cos(h, h + FFN)` of each token, in order.
+    pub cosines: Vec<f32>,
+    /// Root mean square of `h + FFN` of each token, in order.
+    pub rms: Vec<f32>,
+    /// Sum of `cos(layer in, layer out)`.
+    pub layer_cosine: f64,
+    /// Sums of `p^2`, `pq` and `q^2`, `[ffn]` each, where `p = u silu'(g)` and `q = silu(g)`: how much a neuron
+    /// moves with its gate and with its up.
+    pub pp: Vec<f64>,
+    pub pq: Vec<f64>,
+    pub qq: Vec<f64>,
+    /// Samples of the normed stream and of the inner activations, row after row.
+    pub normed_samples: Vec<f32>,
+    pub inner_samples: Vec<f32>,
+}
+
+impl Gatherer {
+    /// For `windows` windows of `context` tokens of a model of the given shapes.
+    pub fn new(
+        layers: usize,
+        (embedding, ffn): (usize, usize),
+        (windows, context, warm_up): (usize, usize, usize),
+    ) -> Self {
+        let sums =
+            LayerSums { pp: vec![0.0; ffn], pq: vec![0.0; ffn], qq: vec![0.0; ffn], ..LayerSums::default() };
+        let every = (windows * (context - warm_up)).div_ceil(SAMPLES);
+        Self { layers: vec![sums; layers], warm_up, embedding, every, entered: Vec::new() }
+    }
+}
+
+/// Windows are evaluated in one step each, so that rows are positions.
+impl Probe for Gatherer {
+    fn stream(&mut self, layer: usize, x: &[f32]) {
+        let d = self.embedding;
+        if let Some(before) = layer.checked_sub(1) {
+            let rows = self.entered.chunks_exact(d).zip(x.chunks_exact(d)).skip(self.warm_up);
+            self.layers[before].layer_cosine += rows.map(|(a, b)| cosine(a, b)).sum::<f64>();
+        }
+        self.entered.clear();
+        self.entered.extend_from_slice(x);
+    }
+
+    fn wants_gate_up(&self) -> bool {
+        true
+    }
+
+    fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
+        let d = self.embedding;
+        let sums = &mut self.layers[layer];
+        let ffn = sums.pp.len();
+        for (i, &row) in rows.rows.iter().enumerate().filter(|(_, row)| **row >= self.warm_up) {
+            let (h, out) = (&rows.stream[row * d..][..d], &rows.out[i * d..][..d]);
+            let after: Vec<f32> = h.iter().zip(out).map(|(h, f)| h + f).collect();
+            sums.cosines.push(cosine(h, &after) as f32);
+            sums.rms.push((after.iter().map(|x| x * x).sum::<f32>() / d as f32).sqrt());
+            let (normed, inner) = (&rows.normed[i * d..][..d], &rows.inner[i * ffn..][..ffn]);
+            let (gate, up) = rows.gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
+            sums.moments(gate, up);
+            if sums.tokens.is_multiple_of(self.every) {
+                sums.normed_samples.extend_from_slice(normed);
+                sums.inner_samples.extend_from_slice(inner);
+            }
+            sums.tokens += 1;
+        }
+    }
+}
+
+impl LayerSums {
+    fn moments(&mut self, gate: &[f32], up: &[f32]) {
+        for (i, (&g, &u)) in gate.iter().zip(up).enumerate() {
+            let sigmoid = 1.0 / (1.0 + (-g).exp());
+            let q = g * sigmoid;
+            let p = u * (sigmoid + q * (1.0 - sigmoid));
+            self.pp[i] += f64::from(p * p);
+            self.pq[i] += f64::from(p * q);
+            self.qq[i] += f64::from(q * q);
+        }
+    }
+
+    pub fn mean_cosine(&self) -> f64 {
+        self.cosines.iter().map(|&c| f64::from(c)).sum::<f64>() / self.tokens.max(1) as f64
+    }
+
+    /// Median root mean square of the stream behind the FFN.
+    pub fn median_rms(&self) -> f32 {
+        super::median(&self.rms)
+    }
+
+    /// Block Influence (ShortGPT, Men et al. 2024).
+    pub fn influence(&self) -> f32 {
+        (1.0 - self.layer_cosine / self.tokens.max(1) as f64).clamp(0.0, 2.0) as f32
+    }
+}
+
+fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(x, y)| f64::from(x * y)).sum::<f64>();
+    let norms = (dot(a, a) * dot(b, b)).sqrt();
+    if norms > 0.0 { (dot(a, b) / norms).clamp(-1.0, 1.0) } else { 0.0 }
+}

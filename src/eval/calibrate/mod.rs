@@ -1,0 +1,464 @@
+//! Calibration: what a text tells about skipping in a model, for [`Calibration`] files.
+//!
+//! The first windows of the text are held out: on them the quality of what the rest taught is measured. Four stages:
+//! the full model's activations ([`gather`]); what each FFN is worth, by skipping it alone; the strengths at which
+//! policies skip given shares; the quality of some of those settings.
+
+mod gather;
+mod weigh;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::perplexity::{EvalError, Exact, PerplexityOptions, score_rows, with_policy};
+use crate::model::{FfnStep, KvType, Model, ModelError, State};
+use crate::ops::Compute;
+use crate::skip::{
+    Calibration, Curve, CutCalibration, CutPlan, Cutting, FfnSkip, LayerCut, Never, Point, SkipError,
+    SkipMode, SkipOptions, SkipPolicy, Static,
+};
+use gather::{Gatherer, LayerSums};
+use weigh::{Shares, layer_cut, trim_centres};
+
+/// Tokens of a window.
+const CONTEXT: usize = 512;
+/// Tokens of each window that are neither skipped nor counted: the default warm-up.
+const WARM_UP: usize = 25;
+/// Last positions of a window whose logits are compared where many settings are tried.
+const COMPARED: usize = 128;
+/// Windows on which many settings are tried.
+const TRIALS: usize = 2;
+/// Shares that the policies' strengths are found for.
+const RATIOS: [f32; 12] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6];
+/// Settings whose quality is measured.
+const POINTS: [(SkipMode, &[f32]); 6] = [
+    (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
+    (SkipMode::FfnSkip, &[0.1, 0.2]),
+    (SkipMode::Static, &[0.1, 0.2]),
+    (SkipMode::Random, &[0.1]),
+    (SkipMode::ShortGpt, &[0.1]),
+    (SkipMode::SkipDecode, &[0.1]),
+];
+/// Largest weight of a cut.
+const WEIGHT_SCALE: f32 = 1024.0;
+/// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
+const TRIM_RATIO: f64 = 0.3;
+const TRIM_ROUNDS: usize = 3;
+/// What `--skip auto` may cost: mean KL divergence from the full model in nats, and perplexity in units of its own.
+const AUTO_KL: f32 = 0.04;
+const AUTO_PERPLEXITY: f32 = 1.03;
+
+/// How much text is used.
+#[derive(Clone, Debug)]
+pub struct CalibrateOptions {
+    /// Windows of 512 tokens that the full model's activations are taken from.
+    pub windows: usize,
+    /// Held-out windows, at the beginning of the text, on which quality is measured; 0 measures none.
+    pub quality_windows: usize,
+    /// Name of the text, for the file.
+    pub text: String,
+}
+
+/// What is being done, for progress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Stage {
+    Activations,
+    Damage,
+    Strengths,
+    Quality,
+}
+
+/// Errors of a calibration.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum CalibrateError {
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    #[error(transparent)]
+    Skip(#[from] SkipError),
+    #[error("the text has {tokens} tokens; calibration needs {needed}: give a longer text or fewer windows")]
+    TooShort { tokens: usize, needed: usize },
+    #[error("interrupted")]
+    Interrupted,
+}
+
+type Result<T> = std::result::Result<T, CalibrateError>;
+
+/// Called with the stage, its steps done and all of them; false stops the calibration.
+pub type Progress<'a> = &'a mut dyn FnMut(Stage, usize, usize) -> bool;
+
+/// Calibrates `model` on `tokens`, and leaves it prepared for cuts, by rows.
+pub fn calibrate(
+    model: &mut Model,
+    on: Compute<'_>,
+    tokens: &[u32],
+    options: &CalibrateOptions,
+    progress: Progress<'_>,
+) -> Result<Calibration> {
+    let needed = (options.quality_windows + options.windows.max(TRIALS)) * CONTEXT;
+    if tokens.len() < needed || options.windows == 0 {
+        return Err(CalibrateError::TooShort { tokens: tokens.len(), needed });
+    }
+    let (held_out, text) = tokens.split_at(options.quality_windows * CONTEXT);
+    let windows = spread(text, options.windows);
+    let layers = gather(model, on, &windows, progress)?;
+    let mut found = Calibration {
+        model: model.weights().fingerprint(),
+        text: options.text.clone(),
+        tokens: (options.windows * CONTEXT) as u32,
+        cosines: layers.iter().map(|l| l.mean_cosine() as f32).collect(),
+        influence: layers.iter().map(LayerSums::influence).collect(),
+        ..Calibration::default()
+    };
+    let trials = Trials::new(model, on, &windows[..1])?;
+    found.damage = damages(model, on, &trials, progress)?;
+    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
+    found.cold = cold_regions(&found.cosines, &found.damage);
+    found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
+    found.cut = Some(cuts(model, on, &trials, &layers, progress)?);
+    found.points = points(model, on, &found, held_out, options, progress)?;
+    found.auto = best(&found.points);
+    Ok(found)
+}
+
+/// `n` windows of `text`, evenly spread.
+fn spread(text: &[u32], n: usize) -> Vec<&[u32]> {
+    let all: Vec<&[u32]> = text.chunks_exact(CONTEXT).collect();
+    (0..n).map(|i| all[i * all.len() / n]).collect()
+}
+
+fn state(model: &Model, on: Compute<'_>, policy: Box<dyn SkipPolicy>) -> State {
+    State::new(model, on.team, (CONTEXT, CONTEXT), KvType::F16, policy)
+}
+
+/// What the full model computes over `windows`.
+fn gather(
+    model: &Model,
+    on: Compute<'_>,
+    windows: &[&[u32]],
+    progress: Progress<'_>,
+) -> Result<Vec<LayerSums>> {
+    let config = model.config();
+    let text = (windows.len(), CONTEXT, WARM_UP);
+    let gatherer = Gatherer::new(config.layers, (config.embedding, config.ffn), text);
+    let shared = Arc::new(Mutex::new(gatherer));
+    let mut state = state(model, on, Box::new(Never));
+    state.set_probe(Some(Box::new(shared.clone())));
+    for (i, window) in windows.iter().enumerate() {
+        state.truncate(0);
+        model.forward(on, &mut state, window, FfnStep::Full)?;
+        report(&mut *progress, Stage::Activations, i + 1, windows.len())?;
+    }
+    let mut gatherer = shared.lock().unwrap_or_else(PoisonError::into_inner);
+    Ok(std::mem::take(&mut gatherer.layers))
+}
+
+fn report(progress: Progress<'_>, stage: Stage, done: usize, all: usize) -> Result<()> {
+    if progress(stage, done, all) { Ok(()) } else { Err(CalibrateError::Interrupted) }
+}
+
+/// A few windows on which many settings are compared with the full model.
+struct Trials<'t> {
+    windows: Vec<&'t [u32]>,
+    /// Probabilities of the full model at the compared positions, window by window, and what else comparing takes.
+    full: Vec<(Vec<f32>, Vec<Exact>)>,
+}
+
+/// How a setting did.
+struct Trial {
+    /// Mean KL divergence from the full model, nats.
+    kl: f64,
+    /// Shares of FFN blocks skipped and of FFN bytes left unread, by tokens past the warm-up.
+    blocks: f64,
+    bytes: f64,
+}
+
+/// The tokens of a window at which a setting is compared with the full model.
+fn compared(window: &[u32]) -> &[u32] {
+    &window[CONTEXT - COMPARED..]
+}
+
+impl<'t> Trials<'t> {
+    fn new(model: &Model, on: Compute<'_>, windows: &[&'t [u32]]) -> Result<Self> {
+        let mut trials = Self { windows: windows.to_vec(), full: Vec::new() };
+        let mut state = state(model, on, Box::new(Never));
+        for window in windows {
+            let mut logits = trials.logits(model, on, &mut state, window)?;
+            let exact = Exact::of(on, &mut logits, compared(window));
+            trials.full.push((logits, exact));
+        }
+        Ok(trials)
+    }
+
+    /// Evaluates a window under the state's policy; the logits that foretell its [`compared`] tokens.
+    fn logits(&self, model: &Model, on: Compute<'_>, state: &mut State, window: &[u32]) -> Result<Vec<f32>> {
+        state.truncate(0);
+        model.forward(on, state, window, FfnStep::Governed { index: 0 })?;
+        let mut logits = vec![0.0; COMPARED * model.config().vocab];
+        let rows = CONTEXT - COMPARED - 1..CONTEXT - 1;
+        model.logits_of(on, state, rows, &mut logits);
+        Ok(logits)
+    }
+
+    fn run(&self, model: &Model, on: Compute<'_>, policy: Box<dyn SkipPolicy>) -> Result<Trial> {
+        let mut state = state(model, on, policy);
+        let mut kl = 0.0;
+        for (window, (full, exact)) in self.windows.iter().zip(&self.full) {
+            let mut logits = self.logits(model, on, &mut state, window)?;
+            let scores = score_rows(on, &mut logits, compared(window), Some((full, exact)));
+            kl += scores.iter().filter_map(|score| score.compared).map(|(_, kl, _)| kl).sum::<f64>();
+        }
+        let past_warm_up = CONTEXT as f64 / (CONTEXT - WARM_UP) as f64;
+        let bytes = state.stats().weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64);
+        Ok(Trial {
+            kl: kl / (self.windows.len() * COMPARED) as f64,
+            blocks: state.stats().share() * past_warm_up,
+            bytes: bytes * past_warm_up,
+        })
+    }
+}
+
+/// The divergence that skipping each FFN alone causes.
+fn damages(model: &Model, on: Compute<'_>, trials: &Trials<'_>, progress: Progress<'_>) -> Result<Vec<f32>> {
+    let layers = model.config().layers;
+    let mut damage = Vec::new();
+    for layer in 0..layers {
+        let skipped = trials.run(model, on, Box::new(Static::new(&[layer], layers, WARM_UP)))?;
+        damage.push(skipped.kl as f32);
+        report(&mut *progress, Stage::Damage, layer + 1, layers)?;
+    }
+    Ok(damage)
+}
+
+/// Cuts of all layers. Weights are in units of the largest, so that 16 bits hold them.
+fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums]) -> CutPlan {
+    let parts = model.layers().iter().zip(layers);
+    let mut cuts: Vec<_> = parts.map(|(layer, sums)| layer_cut(on, &layer.ffn, sums)).collect();
+    let weights = |cut: &LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
+    let largest = cuts.iter().flat_map(weights).fold(f32::MIN_POSITIVE, f32::max);
+    for cut in &mut cuts {
+        let weights = cut.inputs.weight.iter_mut().chain(&mut cut.inner.weight);
+        weights.for_each(|weight| *weight *= WEIGHT_SCALE / largest);
+    }
+    let mut plan = CutPlan { layers: cuts.into_iter().map(Some).collect() };
+    for _ in 0..TRIM_ROUNDS {
+        let threshold = Shares::new(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
+        let cuts = plan.layers.iter_mut().flatten();
+        cuts.zip(layers).for_each(|(cut, sums)| trim_centres(cut, sums, threshold));
+    }
+    plan.as_stored()
+}
+
+/// First layer that may be skipped, and the first after the last: from either end inward, a layer is cold while its
+/// FFN turns the stream (`1 - cosine`), or hurts when skipped alone, more than twice as much as the median FFN.
+pub(crate) fn cold_regions(cosines: &[f32], damage: &[f32]) -> (usize, usize) {
+    let turns: Vec<f32> = cosines.iter().map(|c| 1.0 - c).collect();
+    let (turn, hurt) = (2.0 * median(&turns), 2.0 * median(damage));
+    let cold = |layer: &usize| turns[*layer] > turn || damage[*layer] > hurt;
+    let start = (0..turns.len()).take_while(cold).count();
+    let end = turns.len() - (start..turns.len()).rev().take_while(cold).count();
+    (start, end)
+}
+
+fn median(values: &[f32]) -> f32 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f32::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// Thresholds of the paper's rule: guessed from the cosines of the full model, their shares then measured, since a
+/// stream with skips has other cosines.
+fn ffn_skip_curve(
+    model: &Model,
+    on: Compute<'_>,
+    trials: &Trials<'_>,
+    layers: &[LayerSums],
+    cold: (usize, usize),
+    progress: Progress<'_>,
+) -> Result<Curve> {
+    let mut measured = Vec::new();
+    let shares = RATIOS.iter().map(|&ratio| guess_threshold(layers, cold, ratio));
+    for (i, threshold) in shares.enumerate() {
+        let trial = trials.run(model, on, Box::new(FfnSkip::new(threshold, 1, WARM_UP, cold)))?;
+        measured.push((trial.blocks as f32, threshold));
+        report(&mut *progress, Stage::Strengths, i + 1, 2 * RATIOS.len())?;
+    }
+    Ok(curve(measured))
+}
+
+/// The threshold with which the rule, k = 1, would skip `ratio` of the blocks if the cosines were those of the full
+/// model.
+fn guess_threshold(layers: &[LayerSums], cold: (usize, usize), ratio: f32) -> f32 {
+    let share = |threshold: f32| {
+        let tokens = layers.first().map_or(0, |l| l.cosines.len());
+        let mut skipped = 0;
+        for t in 0..tokens {
+            let mut layer = cold.0;
+            while layer < cold.1 {
+                let fires = layers[layer].cosines[t] >= threshold;
+                skipped += usize::from(fires && layer + 1 < cold.1);
+                layer += if fires { 2 } else { 1 };
+            }
+        }
+        skipped as f32 / (tokens * layers.len()).max(1) as f32
+    };
+    let (mut low, mut high) = (-1.0f32, 1.0f32);
+    for _ in 0..24 {
+        let middle = (low + high) / 2.0;
+        *(if share(middle) > ratio { &mut low } else { &mut high }) = middle;
+    }
+    high
+}
+
+/// Rising shares with their strengths; shares that do not rise are dropped.
+fn curve(mut measured: Vec<(f32, f32)>) -> Curve {
+    measured.retain(|(ratio, _)| *ratio > 0.0 && *ratio <= 1.0);
+    measured.sort_by(|a, b| a.0.total_cmp(&b.0));
+    measured.dedup_by(|b, a| b.0 <= a.0);
+    let (ratios, strengths) = measured.into_iter().unzip();
+    Curve { ratios, strengths }
+}
+
+fn cuts(
+    model: &mut Model,
+    on: Compute<'_>,
+    trials: &Trials<'_>,
+    layers: &[LayerSums],
+    progress: Progress<'_>,
+) -> Result<CutCalibration> {
+    let plan = plan(on, model, layers);
+    model.prepare_cuts_by_rows(on, plan.clone(), |_, _| {})?;
+    let shares = Shares::new(model, &plan, layers);
+    let mut measured = Vec::new();
+    for (i, &ratio) in RATIOS.iter().enumerate() {
+        if let Some(threshold) = shares.threshold(f64::from(ratio)) {
+            let policy = Cutting::new(threshold, WARM_UP, 0..layers.len());
+            let trial = trials.run(model, on, Box::new(policy))?;
+            measured.push((trial.bytes as f32, threshold));
+        }
+        report(&mut *progress, Stage::Strengths, RATIOS.len() + i + 1, 2 * RATIOS.len())?;
+    }
+    Ok(CutCalibration { plan, curve: curve(measured) })
+}
+
+/// Measures settings on the held-out text.
+fn points(
+    model: &mut Model,
+    on: Compute<'_>,
+    found: &Calibration,
+    held_out: &[u32],
+    options: &CalibrateOptions,
+    progress: Progress<'_>,
+) -> Result<Vec<Point>> {
+    let settings: Vec<(SkipMode, f32)> =
+        POINTS.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
+    let settings = if options.quality_windows == 0 { Vec::new() } else { settings };
+    let mut points = Vec::new();
+    for (i, &(mode, ratio)) in settings.iter().enumerate() {
+        let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
+        match skip.policy(&model.facts(), Some(found)) {
+            Ok(policy) => points.push(point(model, on, mode, ratio, policy, held_out)?),
+            // A shallow model or a short curve does not reach every share.
+            Err(SkipError::RatioTooHigh { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        report(&mut *progress, Stage::Quality, i + 1, settings.len())?;
+    }
+    Ok(points)
+}
+
+fn point(
+    model: &Model,
+    on: Compute<'_>,
+    mode: SkipMode,
+    ratio: f32,
+    policy: Box<dyn SkipPolicy>,
+    held_out: &[u32],
+) -> Result<Point> {
+    let options = PerplexityOptions {
+        context: CONTEXT,
+        chunks: None,
+        warm: Some(WARM_UP),
+        kv: KvType::F16,
+        skip: SkipOptions::default(),
+        kl: true,
+        logits_out: None,
+    };
+    let report = with_policy(model, on, held_out, &options, policy, |_, _, _| true)?;
+    let full = report.ppl_full.unwrap_or(report.ppl);
+    Ok(Point {
+        policy: mode.name().to_owned(),
+        ratio,
+        blocks: report.ffn_skipped as f32,
+        bytes: report.ffn_bytes_skipped.clamp(0.0, 1.0) as f32,
+        perplexity: (report.ppl / full) as f32,
+        kl: report.kl_mean.unwrap_or(0.0) as f32,
+        same_top1: report.same_top1.unwrap_or(1.0) as f32,
+    })
+}
+
+/// The point with the most bytes unread, of those that are good enough for `--skip auto`.
+fn best(points: &[Point]) -> Option<usize> {
+    let good = |p: &Point| p.kl <= AUTO_KL && p.perplexity <= AUTO_PERPLEXITY && p.bytes > 0.0;
+    let good = points.iter().enumerate().filter(|(_, p)| good(p));
+    good.max_by(|a, b| a.1.bytes.total_cmp(&b.1.bytes)).map(|(i, _)| i)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cold_regions_are_at_the_ends_only() {
+        let cosines = [0.1, 0.96, 0.97, 0.5, 0.97, 0.96, 0.96, 0.8];
+        let damage = [9.0, 0.1, 0.1, 0.1, 0.1, 0.1, 0.3, 0.1];
+        // Layer 6 hurts, layer 7 turns, layer 3 turns but is in the middle.
+        assert_eq!(cold_regions(&cosines, &damage), (1, 6));
+        assert_eq!(cold_regions(&[0.9; 4], &[0.1; 4]), (0, 4));
+    }
+
+    #[test]
+    fn guesses_skip_as_often_as_asked() {
+        let cosines =
+            |seed: usize| (0..400).map(move |t| ((t * 7919 + seed * 104_729) % 1000) as f32 / 1000.0);
+        let layers: Vec<LayerSums> =
+            (0..20).map(|l| LayerSums { cosines: cosines(l).collect(), ..LayerSums::default() }).collect();
+        let threshold = guess_threshold(&layers, (2, 18), 0.2);
+        let mut policy = FfnSkip::new(threshold, 1, 0, (2, 18));
+        let mut skipped = 0;
+        for t in 0..400 {
+            policy.begin_token(t);
+            for (l, layer) in layers.iter().enumerate() {
+                match policy.decide(l) {
+                    crate::skip::Decision::Skip => skipped += 1,
+                    _ => policy.observe(l, layer.cosines[t]),
+                }
+            }
+        }
+        let share = skipped as f64 / 8000.0;
+        assert!((share - 0.2).abs() < 0.005, "{share}");
+    }
+
+    #[test]
+    fn curves_rise() {
+        let c = curve(vec![(0.3, 1.0), (0.1, 3.0), (0.1, 2.0), (0.0, 9.0)]);
+        assert_eq!((c.ratios, c.strengths), (vec![0.1, 0.3], vec![3.0, 1.0]));
+    }
+
+    #[test]
+    fn auto_takes_the_most_of_what_is_good() {
+        let point = |bytes, kl| Point {
+            policy: "cut".into(),
+            ratio: bytes,
+            blocks: 0.0,
+            bytes,
+            perplexity: 1.01,
+            kl,
+            same_top1: 0.9,
+        };
+        assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
+        assert_eq!(best(&[point(0.1, 0.3)]), None);
+    }
+}

@@ -1,0 +1,206 @@
+//! Products with some of the columns: `out = W x` for a matrix in column form and a sparse `x`.
+//!
+//! A column is chosen if its quantised activation is not zero ([`ColumnList::choose`]), so the result is that of the
+//! dense product with zeros in the places that were left out, and nothing else of the column form is touched.
+//! The arithmetic is that of the other integer kernels: exact sums over a group, then one f32 step a group.
+
+use std::ops::Range;
+
+use super::{Kernels, Q8Row};
+use crate::quant::columns::{Codes, ColumnStrip, STRIP, Touched};
+use crate::quant::zero_point;
+
+/// Columns whose bytes are interleaved: those of a lane of the byte dot product.
+pub(super) const BUNDLE: usize = 4;
+
+/// The chosen columns of a row of activations, in bundles of four from the same group.
+///
+/// Every column in it is below `cols`: kernels rely on it.
+#[derive(Default)]
+pub struct ColumnList {
+    cols: usize,
+    group_len: usize,
+    pub(super) groups: Vec<ChosenGroup>,
+    pub(super) bundles: Vec<Bundle>,
+    touched: Touched,
+}
+
+/// Four columns and their activations; a bundle that is not full repeats a column with an activation of 0.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+pub(super) struct Bundle {
+    pub cols: [u32; BUNDLE],
+    pub acts: [i8; BUNDLE],
+}
+
+/// A group with a chosen column.
+#[derive(Clone, Copy)]
+pub(super) struct ChosenGroup {
+    /// Which group.
+    pub group: u32,
+    /// Where its bundles end; they begin where those of the group before end.
+    pub end: u32,
+    /// Sum of its activations.
+    pub sum: i32,
+    /// Scale of its activations.
+    pub scale: f32,
+}
+
+/// Groups of a list and their bundles.
+#[derive(Clone, Copy)]
+pub(super) struct Chosen<'a> {
+    pub groups: &'a [ChosenGroup],
+    /// The bundles of `groups` and those that follow (to be fetched early).
+    pub bundles: &'a [Bundle],
+    /// Where the bundles of `groups` begin.
+    pub start: u32,
+}
+
+impl ColumnList {
+    /// Room for all of `cols` columns.
+    pub fn with_capacity(cols: usize) -> Self {
+        Self {
+            groups: Vec::with_capacity(cols / 16),
+            bundles: Vec::with_capacity(cols / 4),
+            ..Self::default()
+        }
+    }
+
+    /// The columns of `x` that are not zero, for matrices with groups of `group_len` columns (16 or 32).
+    pub fn choose(&mut self, x: Q8Row<'_>, group_len: usize) {
+        assert!(x.cols.is_multiple_of(32) && matches!(group_len, 16 | 32));
+        assert!(x.cols <= x.q.len() && x.cols / 32 <= x.scale.len() && u32::try_from(x.cols).is_ok());
+        (self.cols, self.group_len, self.touched) = (x.cols, group_len, Touched::default());
+        self.groups.clear();
+        self.bundles.clear();
+        for (g, q) in x.q[..x.cols].chunks_exact(group_len).enumerate() {
+            let mask = nonzero(q);
+            if mask != 0 {
+                self.touched.add(mask);
+                self.push(g, mask, q, x.scale[g * group_len / 32]);
+            }
+        }
+    }
+
+    fn push(&mut self, group: usize, mut mask: u32, q: &[i8], scale: f32) {
+        let first = (group * self.group_len) as u32;
+        let mut sum = 0;
+        while mask != 0 {
+            let mut bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: [0; BUNDLE] };
+            for i in 0..BUNDLE {
+                if mask != 0 {
+                    let at = mask.trailing_zeros();
+                    (bundle.cols[i], bundle.acts[i]) = (first + at, q[at as usize]);
+                    sum += i32::from(bundle.acts[i]);
+                    mask &= mask - 1;
+                }
+            }
+            self.bundles.push(bundle);
+        }
+        self.groups.push(ChosenGroup { group: group as u32, end: self.bundles.len() as u32, sum, scale });
+    }
+
+    /// What a product with these columns touches.
+    pub fn touched(&self) -> Touched {
+        self.touched
+    }
+
+    /// The chosen ones among the groups `groups`.
+    fn within(&self, groups: Range<usize>) -> Chosen<'_> {
+        let at = |g: usize| self.groups.partition_point(|c| (c.group as usize) < g);
+        let (from, to) = (at(groups.start), at(groups.end));
+        let start = if from == 0 { 0 } else { self.groups[from - 1].end };
+        Chosen { groups: &self.groups[from..to], bundles: &self.bundles, start }
+    }
+}
+
+/// What a product with the columns of `x` that are not zero would touch, as [`ColumnList::touched`] counts it.
+pub fn touched(x: Q8Row<'_>, group_len: usize) -> Touched {
+    let mut touched = Touched::default();
+    for q in x.q[..x.cols].chunks_exact(group_len) {
+        match nonzero(q) {
+            0 => {}
+            mask => touched.add(mask),
+        }
+    }
+    touched
+}
+
+impl Touched {
+    /// Counts the columns of one group.
+    fn add(&mut self, mask: u32) {
+        self.groups += 1;
+        self.columns += mask.count_ones() as usize;
+    }
+}
+
+/// A bit for each value that is not zero.
+fn nonzero(q: &[i8]) -> u32 {
+    q.iter().enumerate().fold(0, |mask, (i, &q)| mask | u32::from(q != 0) << i)
+}
+
+impl Kernels {
+    /// `out[o] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o` of a strip, `[width]`.
+    /// `mins`: scratch of the same length, if the type has mins.
+    ///
+    /// # Panics
+    /// If the lengths are wrong, or the list was chosen for another number of columns or another group length.
+    pub fn columns(
+        &self,
+        strip: ColumnStrip<'_>,
+        list: &ColumnList,
+        groups: Range<usize>,
+        out: &mut [f32],
+        mins: &mut [f32],
+    ) {
+        let (width, all) = (strip.width, strip.cols / strip.group_len);
+        assert!(list.cols == strip.cols && list.group_len == strip.group_len && groups.end <= all);
+        assert!(width.is_multiple_of(128) && width <= STRIP && out.len() == width);
+        assert!(!strip.has_min || mins.len() == width);
+        assert_eq!(strip.heads.len(), width * if strip.has_min { 4 } else { 2 });
+        let (low, high) = match strip.codes {
+            Codes::Bytes => (width, 0),
+            Codes::Table => (width / 2, 0),
+            Codes::Nibbles { high } => (width / 2, width * high / 8),
+        };
+        assert!(strip.low_bytes == low && strip.column_bytes == (low + high).next_multiple_of(64));
+        let scales = width * if strip.has_min { 2 } else { 1 };
+        assert_eq!(strip.group_bytes, scales + strip.group_len * strip.column_bytes);
+        assert_eq!(strip.groups.len(), all * strip.group_bytes);
+        out.fill(0.0);
+        mins.fill(0.0);
+        // SAFETY: the handle proves the ISA; the parts of the strip have the lengths just asserted, and the list's
+        // columns and groups are below the strip's.
+        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), out, mins) };
+    }
+}
+
+/// Plain code for every CPU.
+pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+    let zero = i32::from(zero_point(strip.ty));
+    let mut all_sums = 0f32;
+    let mut start = chosen.start;
+    for g in chosen.groups {
+        let (sum, group) = (g.scale * g.sum as f32, g.group as usize);
+        all_sums += sum;
+        for o in 0..strip.width {
+            let mut dot = -zero * g.sum;
+            for bundle in &chosen.bundles[start as usize..g.end as usize] {
+                for (col, act) in bundle.cols.into_iter().zip(bundle.acts) {
+                    dot += i32::from(act) * i32::from(strip.code(col as usize, o));
+                }
+            }
+            out[o] += (f32::from(strip.scale(0, group, o)) - strip.head(1, o)) * (g.scale * dot as f32);
+            if strip.has_min {
+                mins[o] += sum * f32::from(strip.scale(1, group, o));
+            }
+        }
+        start = g.end;
+    }
+    for o in 0..strip.width {
+        out[o] *= strip.head(0, o);
+        if strip.has_min {
+            out[o] += strip.head(2, o) * (mins[o] - strip.head(3, o) * all_sums);
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! Products with chosen columns: four columns at a time, interleaved in registers.
+
+use std::arch::x86_64::*;
+
+use super::blocks::lanes;
+use crate::kernels::columns::{Bundle, Chosen, ChosenGroup};
+use crate::kernels::x86::IQ4_VALUES;
+use crate::quant::columns::{Codes, ColumnStrip, TILE};
+use crate::quant::zero_point;
+
+/// How a kernel reads codes; the values of `KIND`.
+const NIBBLES: u8 = 0;
+const NIBBLES_AND_HIGH: u8 = 1;
+const TABLE: u8 = 2;
+const BYTES: u8 = 3;
+
+/// See `Kernels::columns`, which asserts the lengths.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+    match strip.codes {
+        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, out, mins),
+        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, out, mins),
+        Codes::Table => kernel::<TABLE>(strip, chosen, out, mins),
+        Codes::Bytes => kernel::<BYTES>(strip, chosen, out, mins),
+    }
+}
+
+/// Group after group; in a group tile after tile, while the next group is fetched, its columns one after the other:
+/// in runs that the memory system can follow.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+    let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
+    let tiles = strip.width.div_ceil(TILE);
+    let mut all_sums = 0f32;
+    let mut at = chosen.start as usize;
+    let mut next = match chosen.groups.first() {
+        Some(g) => Group::new(strip, g, &chosen.bundles[at..g.end as usize]),
+        None => return,
+    };
+    next.fetch(usize::MAX);
+    for (i, g) in chosen.groups.iter().enumerate() {
+        let bundles = &chosen.bundles[at..g.end as usize];
+        at = g.end as usize;
+        let group = next;
+        let mut lines = 0;
+        if let Some(g) = chosen.groups.get(i + 1) {
+            next = Group::new(strip, g, &chosen.bundles[at..g.end as usize]);
+            lines = next.lines().div_ceil(tiles * bundles.len());
+        }
+        let sum = g.scale * g.sum as f32;
+        all_sums += sum;
+        for tile in 0..tiles {
+            let ahead = (&mut next, lines);
+            if strip.width - tile * TILE >= TILE {
+                one_tile::<KIND, 16>(strip, &whole, g, &group, bundles, tile, ahead, out);
+            } else {
+                one_tile::<KIND, 8>(strip, &half, g, &group, bundles, tile, ahead, out);
+            }
+        }
+        if strip.has_min {
+            add_mins(strip, g, sum, mins);
+        }
+    }
+    finish(strip, all_sums, out, mins);
+}
+
+/// Most bundles of a group: 32 columns.
+const BUNDLES: usize = 8;
+
+/// Where the chosen columns of a group are, and how far they have been fetched.
+#[derive(Clone, Copy)]
+struct Group {
+    start: *const u8,
+    bundles: usize,
+    columns: [[*const u8; 4]; BUNDLES],
+    scale_bytes: usize,
+    column_bytes: usize,
+    /// Next to be fetched: a column (0: the scales, 1: the first one), and the byte in it.
+    fetch: (usize, usize),
+}
+
+impl Group {
+    #[inline]
+    fn new(strip: &ColumnStrip<'_>, g: &ChosenGroup, bundles: &[Bundle]) -> Self {
+        let group = g.group as usize;
+        let start = strip.groups[group * strip.group_bytes..].as_ptr();
+        let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
+        let mut columns = [[start; 4]; BUNDLES];
+        for (columns, bundle) in columns.iter_mut().zip(bundles) {
+            for (column, &col) in columns.iter_mut().zip(&bundle.cols) {
+                let in_group = col as usize - group * strip.group_len;
+                *column = start.wrapping_add(scale_bytes + in_group * strip.column_bytes);
+            }
+        }
+        let column_bytes = strip.column_bytes;
+        Self { start, bundles: bundles.len(), columns, scale_bytes, column_bytes, fetch: (0, 0) }
+    }
+
+    /// Cache lines to be fetched, at most.
+    #[inline]
+    fn lines(&self) -> usize {
+        (self.scale_bytes + 4 * self.bundles * self.column_bytes) / 64
+    }
+
+    /// Asks for up to `lines` more cache lines. Into L2: a core can have more lines on their way to it than to L1.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn fetch(&mut self, mut lines: usize) {
+        let (mut column, mut byte) = self.fetch;
+        while lines > 0 {
+            let (start, bytes) = match column.checked_sub(1) {
+                None => (self.start, self.scale_bytes),
+                Some(c) if c < 4 * self.bundles => {
+                    let four = &self.columns[c / 4];
+                    // A bundle that is not full repeats its first column.
+                    let again = c % 4 > 0 && four[c % 4] == four[0];
+                    (four[c % 4], if again { 0 } else { self.column_bytes })
+                }
+                Some(_) => break,
+            };
+            let n = lines.min((bytes - byte.min(bytes)) / 64);
+            for _ in 0..n {
+                _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(byte).cast());
+                byte += 64;
+            }
+            lines -= n;
+            if byte >= bytes {
+                (column, byte) = (column + 1, 0);
+            }
+        }
+        self.fetch = (column, byte);
+    }
+}
+
+/// How the high bits of a tile of `A` sum registers are brought above the nibbles.
+struct High {
+    /// Bytes of a column in a tile: 64, 32 or 16.
+    bytes: usize,
+    /// How far the bits of each sum register of a quarter are rotated.
+    turn: [__m512i; 4],
+    /// Where they stand then.
+    mask: __m512i,
+}
+
+impl High {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new<const A: usize>(strip: &ColumnStrip<'_>) -> Self {
+        let mut turn = [_mm512_setzero_si512(); 4];
+        let Codes::Nibbles { high: high @ 1.. } = strip.codes else {
+            return Self { bytes: 0, turn, mask: turn[0] };
+        };
+        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
+        let bytes = A * 16 * high / 8;
+        let copies = 64 / bytes;
+        for (f, turn) in turn.iter_mut().enumerate() {
+            let mut by = [0i32; 16];
+            for (i, by) in by.iter_mut().enumerate() {
+                let copy = i / (16 / copies);
+                *by = (4 - (high * (f * copies + copy)) as i32).rem_euclid(32);
+            }
+            *turn = lanes(&by);
+        }
+        Self { bytes, turn, mask: _mm512_set1_epi8(((1 << high) - 1) << 4) }
+    }
+}
+
+/// Four registers to the four quarters of their 16-byte lanes, bytes of the four interleaved.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn interleave(x: [__m512i; 4]) -> [__m512i; 4] {
+    let (low, high) = (_mm512_unpacklo_epi8(x[0], x[1]), _mm512_unpackhi_epi8(x[0], x[1]));
+    let (low2, high2) = (_mm512_unpacklo_epi8(x[2], x[3]), _mm512_unpackhi_epi8(x[2], x[3]));
+    [
+        _mm512_unpacklo_epi16(low, low2),
+        _mm512_unpackhi_epi16(low, low2),
+        _mm512_unpacklo_epi16(high, high2),
+        _mm512_unpackhi_epi16(high, high2),
+    ]
+}
+
+/// A cache line of each of four columns, from byte `at` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn low_line(columns: &[*const u8; 4], at: usize) -> [__m512i; 4] {
+    let mut x = [_mm512_setzero_si512(); 4];
+    for i in 0..4 {
+        // SAFETY: the columns are a strip's, and `at` is a line of their low part (`Kernels::columns`).
+        x[i] = unsafe { _mm512_loadu_si512(columns[i].add(at).cast()) };
+    }
+    interleave(x)
+}
+
+/// The high bits of a tile of four columns, from byte `at` on, repeated to fill a register.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq")]
+fn high_lines(columns: &[*const u8; 4], at: usize, bytes: usize) -> [__m512i; 4] {
+    let mut x = [_mm512_setzero_si512(); 4];
+    for i in 0..4 {
+        // SAFETY: the columns are a strip's and have `bytes` for the tile in their high part.
+        x[i] = unsafe {
+            let at = columns[i].add(at);
+            match bytes {
+                64 => _mm512_loadu_si512(at.cast()),
+                32 => _mm512_broadcast_i64x4(_mm256_loadu_si256(at.cast())),
+                _ => _mm512_broadcast_i32x4(_mm_loadu_si128(at.cast())),
+            }
+        };
+    }
+    interleave(x)
+}
+
+/// A group times the outputs of a tile, `A` sum registers of 16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn one_tile<const KIND: u8, const A: usize>(
+    strip: &ColumnStrip<'_>,
+    high: &High,
+    g: &ChosenGroup,
+    group: &Group,
+    bundles: &[Bundle],
+    tile: usize,
+    (next, lines): (&mut Group, usize),
+    out: &mut [f32],
+) {
+    let low_at = if KIND == BYTES { tile * TILE } else { tile * TILE / 2 };
+    let high_at = match strip.codes {
+        Codes::Nibbles { high } if KIND == NIBBLES_AND_HIGH => strip.low_bytes + tile * TILE * high / 8,
+        _ => 0,
+    };
+    let start = -i32::from(zero_point(strip.ty)) * g.sum;
+    let mut dots = [_mm512_set1_epi32(start); A];
+    if KIND == NIBBLES {
+        // High nibbles are not shifted down but count 16 times.
+        for pair in dots.as_chunks_mut::<2>().0 {
+            pair[1] = _mm512_set1_epi32(16 * start);
+        }
+    }
+    for (bundle, columns) in bundles.iter().zip(&group.columns) {
+        next.fetch(lines);
+        add_bundle::<KIND, A>(columns, (low_at, high_at), high, bundle, &mut dots);
+    }
+    let at = tile * TILE;
+    let scales = &strip.groups[g.group as usize * strip.group_bytes..][at..][..A * 16];
+    let zeros = &strip.heads[strip.width + at..][..A * 16];
+    let out = &mut out[at..][..A * 16];
+    let plain = _mm512_set1_ps(g.scale);
+    for a in 0..A {
+        let dot = if KIND == NIBBLES && a % 2 == 1 { _mm512_srai_epi32::<4>(dots[a]) } else { dots[a] };
+        let scale = _mm512_sub_ps(codes(scales, a), load(zeros, a));
+        let dot = _mm512_mul_ps(plain, _mm512_cvtepi32_ps(dot));
+        store(out, a, _mm512_fmadd_ps(scale, dot, load(out, a)));
+    }
+}
+
+/// `dots += codes * activations` for the four columns of a bundle.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add_bundle<const KIND: u8, const A: usize>(
+    columns: &[*const u8; 4],
+    (low_at, high_at): (usize, usize),
+    high: &High,
+    b: &Bundle,
+    dots: &mut [__m512i; A],
+) {
+    let acts = _mm512_set1_epi32(i32::from_le_bytes(b.acts.map(|a| a as u8)));
+    if KIND == BYTES {
+        for line in 0..A / 4 {
+            let x = low_line(columns, low_at + 64 * line);
+            for k in 0..4 {
+                dots[4 * line + k] = _mm512_dpbusd_epi32(dots[4 * line + k], x[k], acts);
+            }
+        }
+        return;
+    }
+    let nibble = _mm512_set1_epi8(15);
+    let top = if KIND == NIBBLES_AND_HIGH { high_lines(columns, high_at, high.bytes) } else { [nibble; 4] };
+    for line in 0..A / 8 {
+        let quarters = low_line(columns, low_at + 64 * line);
+        for k in 0..4 {
+            let (x, a) = (quarters[k], 8 * line + 2 * k);
+            let (mut even, mut odd) = (_mm512_and_si512(x, nibble), _mm512_andnot_si512(nibble, x));
+            if KIND != NIBBLES {
+                odd = _mm512_and_si512(_mm512_srli_epi16::<4>(x), nibble);
+            }
+            if KIND == TABLE {
+                // SAFETY: 16 readable bytes.
+                let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) });
+                (even, odd) = (_mm512_shuffle_epi8(table, even), _mm512_shuffle_epi8(table, odd));
+            }
+            if KIND == NIBBLES_AND_HIGH {
+                // nibble | turned & mask
+                let t0 = _mm512_rolv_epi32(top[k], high.turn[2 * line]);
+                let t1 = _mm512_rolv_epi32(top[k], high.turn[2 * line + 1]);
+                even = _mm512_ternarylogic_epi32::<0xf8>(even, t0, high.mask);
+                odd = _mm512_ternarylogic_epi32::<0xf8>(odd, t1, high.mask);
+            }
+            dots[a] = _mm512_dpbusd_epi32(dots[a], even, acts);
+            dots[a + 1] = _mm512_dpbusd_epi32(dots[a + 1], odd, acts);
+        }
+    }
+}
+
+/// The `a`-th 16 bytes as floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn codes(bytes: &[u8], a: usize) -> __m512 {
+    let bytes: &[u8; 16] = bytes[16 * a..].first_chunk().expect("a byte an output");
+    // SAFETY: 16 readable bytes; the load has no alignment.
+    _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }))
+}
+
+/// The `a`-th 16 floats.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(floats: &[f32], a: usize) -> __m512 {
+    let floats: &[f32; 16] = floats[16 * a..].first_chunk().expect("16 floats");
+    // SAFETY: 64 readable bytes; the load has no alignment.
+    unsafe { _mm512_loadu_ps(floats.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store(floats: &mut [f32], a: usize, v: __m512) {
+    let floats: &mut [f32; 16] = floats[16 * a..].first_chunk_mut().expect("16 floats");
+    // SAFETY: 64 writable bytes; the store has no alignment.
+    unsafe { _mm512_storeu_ps(floats.as_mut_ptr(), v) }
+}
+
+/// `mins += min * sum of activations`
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn add_mins(strip: &ColumnStrip<'_>, g: &ChosenGroup, sum: f32, mins: &mut [f32]) {
+    let codes_of_group = &strip.groups[g.group as usize * strip.group_bytes + strip.width..][..strip.width];
+    let sum = _mm512_set1_ps(sum);
+    for a in 0..strip.width / 16 {
+        store(mins, a, _mm512_fmadd_ps(codes(codes_of_group, a), sum, load(mins, a)));
+    }
+}
+
+/// From sums of codes to sums of weights.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn finish(strip: &ColumnStrip<'_>, all: f32, sums: &mut [f32], mins: &[f32]) {
+    let (width, all) = (strip.width, _mm512_set1_ps(all));
+    let head = |which: usize| &strip.heads[which * width..][..width];
+    for a in 0..width / 16 {
+        let mut total = _mm512_mul_ps(load(sums, a), load(head(0), a));
+        if strip.has_min {
+            let min = _mm512_fnmadd_ps(load(head(3), a), all, load(mins, a));
+            total = _mm512_fmadd_ps(load(head(2), a), min, total);
+        }
+        store(sums, a, total);
+    }
+}

@@ -1,0 +1,327 @@
+//! FFNs with a cut: what is prepared at load, and the part of the forward pass that uses it.
+
+use std::io;
+
+use super::forward::observe;
+use super::{FfnStep, Layer, Model, ModelError, State};
+use crate::kernels::ColumnList;
+use crate::kernels::columns::touched;
+use crate::ops::{
+    COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
+    matmul_columns, rms_norm_then,
+};
+use crate::quant::Matrix;
+use crate::quant::columns::{ColumnLayout, Touched};
+use crate::skip::{CutPlan, CutSide, LayerCut};
+
+/// A layer that may be cut.
+pub(super) struct PreparedCut {
+    plan: LayerCut,
+    /// `W_gate centre` and `W_up centre`, `[2 ffn]`; empty where the centre is zero.
+    gate_up_base: Vec<f32>,
+    /// `W_down centre`, `[embedding]`; empty where the centre is zero.
+    down_base: Vec<f32>,
+    /// `None` where a matrix is not quantised: nothing is saved then.
+    layouts: Option<Layouts>,
+    /// `None` where the layer was prepared to be measured, not to be fast.
+    columns: Option<Columns>,
+}
+
+/// Column forms of an FFN's matrices.
+struct Layouts {
+    gate: ColumnLayout,
+    up: ColumnLayout,
+    down: ColumnLayout,
+}
+
+struct Columns {
+    gate: ColumnMatrix,
+    up: ColumnMatrix,
+    down: ColumnMatrix,
+}
+
+/// Buffers of cuts: allocated with a state, used in every step.
+#[derive(Default)]
+pub(super) struct CutScratch {
+    /// `[rows, 2 ffn]`: gate and up.
+    gate_up: Vec<f32>,
+    /// Chosen columns of gate and up, of each row.
+    inputs: Vec<ColumnList>,
+    /// Chosen columns of down, of each row.
+    inner: Vec<ColumnList>,
+    /// What each row touches of gate and up, and of down.
+    touched: Vec<[Touched; 2]>,
+    sums: Vec<f32>,
+}
+
+impl CutScratch {
+    /// For steps of up to `batch` rows.
+    pub fn new(model: &Model, batch: usize) -> Self {
+        if !model.has_cuts() {
+            return Self::default();
+        }
+        let (d, ffn) = (model.config.embedding, model.config.ffn);
+        let lists = |cols| (0..COLUMN_ROWS).map(|_| ColumnList::with_capacity(cols)).collect();
+        let columns = model.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
+        let sums = columns.map(|c| {
+            column_scratch(&[&c.gate, &c.up], COLUMN_ROWS).max(column_scratch(&[&c.down], COLUMN_ROWS))
+        });
+        Self {
+            gate_up: vec![0.0; batch * 2 * ffn],
+            inputs: lists(d),
+            inner: lists(ffn),
+            touched: Vec::with_capacity(batch),
+            sums: vec![0.0; sums.max().unwrap_or(0)],
+        }
+    }
+}
+
+impl Model {
+    /// Makes the layers of `plan` ready to be cut: checks their vectors, multiplies the centres with the weights, and
+    /// lays their FFNs out by columns, so that what is cut is not read. That takes about as much memory as those
+    /// layers' FFNs have ([`column_bytes`](Self::column_bytes)), besides the file's own, which prompts still use.
+    /// `progress(layers done, layers)` is called after each.
+    ///
+    /// States made before do not have the buffers of a cut: call this first.
+    ///
+    /// # Errors
+    /// The plan has another number of layers than the model, or a vector another length than the side that it
+    /// belongs to, or a value that is not finite (or a weight that is negative); or there is not enough memory.
+    pub fn prepare_cuts(
+        &mut self,
+        on: Compute<'_>,
+        plan: CutPlan,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        self.prepare(on, plan, true, progress)
+    }
+
+    /// [`prepare_cuts`](Self::prepare_cuts) without the layout by columns: the same results, and the same counts of
+    /// bytes that would be left unread, but every product reads all. For measuring what cuts cost in quality.
+    pub fn prepare_cuts_by_rows(
+        &mut self,
+        on: Compute<'_>,
+        plan: CutPlan,
+        progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        self.prepare(on, plan, false, progress)
+    }
+
+    fn prepare(
+        &mut self,
+        on: Compute<'_>,
+        plan: CutPlan,
+        by_columns: bool,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<(), ModelError> {
+        let layers = self.layers.len();
+        if plan.layers.len() != layers {
+            return Err(ModelError::CutLayers { found: plan.layers.len(), layers });
+        }
+        let mut cuts = Vec::with_capacity(layers);
+        for (i, cut) in plan.layers.into_iter().enumerate() {
+            if let Some(cut) = &cut {
+                check_side(i, &cut.inputs, ["centre of inputs", "weight of inputs"], self.config.embedding)?;
+                check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
+            }
+            let prepared = cut.map(|cut| PreparedCut::new(on, &self.layers[i], cut, by_columns));
+            cuts.push(prepared.transpose().map_err(|error| ModelError::CutMemory { layer: i, error })?);
+            progress(i + 1, layers);
+        }
+        self.cuts = cuts;
+        Ok(())
+    }
+
+    /// Bytes of memory that FFNs laid out by columns take.
+    pub fn column_bytes(&self) -> usize {
+        let columns = self.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
+        columns.map(|c| c.gate.bytes() + c.up.bytes() + c.down.bytes()).sum()
+    }
+
+    /// Whether any layer can be cut.
+    pub fn has_cuts(&self) -> bool {
+        self.cuts.iter().any(Option::is_some)
+    }
+
+    pub(super) fn cut(&self, layer: usize) -> Option<&PreparedCut> {
+        self.cuts.get(layer).and_then(Option::as_ref)
+    }
+
+    /// `x += W_down cut(silu(W_gate cut(norm(x))) * W_up cut(norm(x)))`, for the rows with a cut.
+    pub(super) fn ffn_cut(
+        &self,
+        on: Compute<'_>,
+        state: &mut State,
+        layer: &Layer,
+        prepared: &PreparedCut,
+        index: usize,
+        step: FfnStep,
+    ) {
+        let c = &self.config;
+        let observed = state.observed(step);
+        let State { scratch: s, policy, stats, .. } = state;
+        let (rows, cuts, plan) = (&s.cut_rows[..], &s.cuts[..], &prepared.plan);
+        s.cut.touched.clear();
+        s.cut.touched.resize(rows.len(), Default::default());
+        rms_norm_then(on, &s.x, rows, &layer.ffn.norm, c.norm_eps, &mut s.normed, |i, x| {
+            plan.inputs.apply(cuts[i].inputs, x);
+        });
+        prepared.gate_up(on, layer, &s.normed, &mut s.cut, &mut s.matmul);
+        s.inner.reshape(rows.len(), c.ffn);
+        let gate_up = &s.cut.gate_up;
+        s.inner.fill(on, |i, inner| {
+            let (gate, up) = gate_up[i * 2 * c.ffn..][..2 * c.ffn].split_at(c.ffn);
+            inner.copy_from_slice(gate);
+            on.kernels.silu_mul(inner, up);
+            plan.inner.apply(cuts[i].inner, inner);
+        });
+        let out = &mut s.ffn_out[..rows.len() * c.embedding];
+        prepared.down(on, layer, &s.inner, &mut s.cut, &mut s.matmul, out);
+        if observed {
+            observe(on, &s.x, rows, out, (&mut **policy, &mut s.policies), stats, index, step);
+        }
+        add_rows(&mut s.x, rows, out, c.embedding);
+        stats.unread(index, prepared.unread(layer, &s.cut.touched));
+    }
+}
+
+fn check_side(layer: usize, side: &CutSide, names: [&'static str; 2], n: usize) -> Result<(), ModelError> {
+    for (what, vector) in names.into_iter().zip([&side.centre, &side.weight]) {
+        if !vector.is_empty() && vector.len() != n {
+            return Err(ModelError::CutShape { layer, what, found: vector.len(), expected: n });
+        }
+    }
+    let value =
+        |what, vector: &[f32], expected, fits: fn(f32) -> bool| match vector.iter().position(|&v| !fits(v)) {
+            Some(index) => Err(ModelError::CutValue { layer, what, index, found: vector[index], expected }),
+            None => Ok(()),
+        };
+    value(names[0], &side.centre, "a finite number", f32::is_finite)?;
+    value(names[1], &side.weight, "a finite number of at least 0", |v| v.is_finite() && v >= 0.0)
+}
+
+impl PreparedCut {
+    fn new(on: Compute<'_>, layer: &Layer, plan: LayerCut, by_columns: bool) -> io::Result<Self> {
+        let (gate, up, down) = (layer.ffn.gate.matrix(), layer.ffn.up.matrix(), layer.ffn.down.matrix());
+        let layouts = Layouts::new(&gate, &up, &down);
+        let columns = match by_columns && layouts.is_some() {
+            true => Columns::new(on, &gate, &up, &down)?,
+            false => None,
+        };
+        let gate_up_base = base(on, &[gate, up], &plan.inputs);
+        let down_base = base(on, &[down], &plan.inner);
+        Ok(Self { plan, gate_up_base, down_base, layouts, columns })
+    }
+
+    /// Gate and up of the rows `x`, by column for a few and by row, with zeros for what is cut, for many.
+    fn gate_up(
+        &self,
+        on: Compute<'_>,
+        layer: &Layer,
+        x: &Inputs,
+        s: &mut CutScratch,
+        m: &mut [MatmulScratch],
+    ) {
+        let (bias, n) = (&self.gate_up_base, x.rows());
+        let out = &mut s.gate_up[..n * 2 * layer.ffn.gate.rows()];
+        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
+            Some(c) => {
+                x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
+                matmul_columns(on, &[&c.gate, &c.up], &s.inputs[..n], bias, out, &mut s.sums);
+                s.touched.iter_mut().zip(&s.inputs).for_each(|(t, list)| t[0] = list.touched());
+            }
+            None => {
+                let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
+                matmul(on, &stack, x, Epilogue::Bias(bias), out, m);
+                count(on, self.layouts.as_ref().map(|l| &l.gate), x, &mut s.touched, 0);
+            }
+        }
+    }
+
+    /// Down of the rows `x`; see [`gate_up`](Self::gate_up).
+    fn down(
+        &self,
+        on: Compute<'_>,
+        layer: &Layer,
+        x: &Inputs,
+        s: &mut CutScratch,
+        m: &mut [MatmulScratch],
+        out: &mut [f32],
+    ) {
+        let (bias, n) = (&self.down_base, x.rows());
+        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
+            Some(c) => {
+                x.choose_columns(c.down.layout().group_len(), &mut s.inner);
+                matmul_columns(on, &[&c.down], &s.inner[..n], bias, out, &mut s.sums);
+                s.touched.iter_mut().zip(&s.inner).for_each(|(t, list)| t[1] = list.touched());
+            }
+            None => {
+                matmul(on, &[layer.ffn.down.matrix()], x, Epilogue::Bias(bias), out, m);
+                count(on, self.layouts.as_ref().map(|l| &l.down), x, &mut s.touched, 1);
+            }
+        }
+    }
+
+    /// Bytes of the layer's FFN that rows which touch so much of it leave unread, one row at a time.
+    fn unread(&self, layer: &Layer, touched: &[[Touched; 2]]) -> i64 {
+        let Some(l) = &self.layouts else { return 0 };
+        let all = layer.ffn.bytes() as i64;
+        let read = |[inputs, inner]: [Touched; 2]| {
+            l.gate.bytes_read(inputs) + l.up.bytes_read(inputs) + l.down.bytes_read(inner)
+        };
+        touched.iter().map(|&t| all - read(t) as i64).sum()
+    }
+}
+
+impl Layouts {
+    /// `None` if a type has no column form, or gate and up do not share lists of columns.
+    fn new(gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>) -> Option<Self> {
+        let layout = |m: &Matrix<'_>| ColumnLayout::new(m.ty(), m.rows_len(), m.cols());
+        let (gate, up, down) = (layout(gate)?, layout(up)?, layout(down)?);
+        (gate.group_len() == up.group_len()).then_some(Self { gate, up, down })
+    }
+}
+
+impl Columns {
+    fn new(
+        on: Compute<'_>,
+        gate: &Matrix<'_>,
+        up: &Matrix<'_>,
+        down: &Matrix<'_>,
+    ) -> io::Result<Option<Self>> {
+        let (gate, up) = (ColumnMatrix::new(on, gate)?, ColumnMatrix::new(on, up)?);
+        let down = ColumnMatrix::new(on, down)?;
+        Ok(gate.zip(up).zip(down).map(|((gate, up), down)| Self { gate, up, down }))
+    }
+}
+
+/// What each row of `x` would touch of a matrix laid out by columns.
+fn count(on: Compute<'_>, layout: Option<&ColumnLayout>, x: &Inputs, to: &mut [[Touched; 2]], side: usize) {
+    let Some(group_len) = layout.map(|l| l.group_len()) else { return };
+    on.team.for_plain_tiles(to, 1, (16, 1), |mut tile| {
+        for r in tile.rows() {
+            tile.row(r)[0][side] = touched(x.quantised(r), group_len);
+        }
+    });
+}
+
+/// The product of the stacked matrices with the centre, in f32; nothing where the centre is zero.
+fn base(on: Compute<'_>, stack: &[Matrix<'_>], side: &CutSide) -> Vec<f32> {
+    if !side.is_centred() {
+        return Vec::new();
+    }
+    let mut out = Vec::new();
+    for matrix in stack {
+        let mut product = vec![0.0; matrix.rows_len()];
+        on.team.for_plain_tiles(&mut product, matrix.rows_len(), (1, 16), |mut tile| {
+            let mut row = vec![0.0; matrix.cols()];
+            let outputs = tile.cols();
+            for (r, out) in outputs.zip(tile.row(0)) {
+                matrix.dequantize_row(r, &mut row);
+                *out = on.kernels.dot_f32(&row, &side.centre);
+            }
+        });
+        out.extend(product);
+    }
+    out
+}

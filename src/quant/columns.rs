@@ -1,0 +1,506 @@
+//! The column form: a matrix laid out so that one input's weights lie together.
+//!
+//! In a file a matrix is stored by rows (outputs), and a product reads all of it. If only some inputs matter, the
+//! weights that meet them must be contiguous, and for more than a cache line: a core that fetches scattered lines on
+//! its own has too few under way, and only from about 2 KiB on do runs keep up with a sequential read
+//! (docs/skipping.md). The column form holds the very same codes `q` of the [common form](super) in strips of up to
+//! [`STRIP`] outputs:
+//!
+//! ```text
+//! strip = group[groups]
+//! group = scale[width] (min[width]) column[group_len]    a byte each
+//! column = low[width / 2]    (or [width] for 8-bit codes)    4 bits a code
+//!          high[width * high_bits / 8]                       its upper 1 or 2 bits
+//! ```
+//!
+//! so that a column of a strip is a run of kilobytes, and all of it, if all is chosen, one sequential read. `min` is
+//! there for types that have one. Scales and mins are read for a group of which only a single column is chosen, so
+//! they are kept small: a byte each, spread evenly over the range that an output's scales have,
+//!
+//! ```text
+//! scale = factor[output] * (code - zero[output])
+//! ```
+//!
+//! which moves a weight by some thousandths of itself, a small part of what its 4 bits did (docs/skipping.md).
+//! Factors and zeros are f32, beside the strip.
+//!
+//! # Order within a column
+//! A kernel takes a tile of [`TILE`] outputs, whose sums fill 16 registers, and four columns at a time. It interleaves
+//! their bytes (unpack bytes, then words, in 16-byte lanes), which gives lanes of four bytes, an output each, for the
+//! byte dot product. The order of the codes of a tile is such that the sums come out in the order of the outputs: see
+//! [`ColumnLayout::low_place`].
+
+use std::ops::Range;
+
+use super::{Matrix, group_len, has_min, is_quantised, unpack_row};
+use crate::gguf::GgmlType;
+
+/// Outputs of a tile: two cache lines of 4-bit codes a column, and 16 registers of 16 sums.
+pub const TILE: usize = 256;
+/// Most outputs of a strip: 4 KiB of 4-bit codes a column. A group of all its columns, and the next one, which is
+/// fetched meanwhile, fit an L2 cache of 512 KiB.
+pub const STRIP: usize = 32 * TILE;
+/// Outputs of a last tile that is at most half full.
+const HALF_TILE: usize = TILE / 2;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Columns that are packed at a time: a whole number of blocks of every type.
+pub const SPAN: usize = super::MAX_BLOCK_LEN;
+
+/// Where the column form of a matrix has what; also known for a matrix that is never brought into it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ColumnLayout {
+    ty: GgmlType,
+    outputs: usize,
+    cols: usize,
+}
+
+/// How the codes of a type are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Codes {
+    /// 4 bits, and `high` more (0, 1 or 2) behind them.
+    Nibbles {
+        /// Bits of the high part.
+        high: usize,
+    },
+    /// 4 bits that are an index into [`IQ4_KVALUES`](super::IQ4_KVALUES) (plus 128).
+    Table,
+    /// 8 bits.
+    Bytes,
+}
+
+/// What a product with some of the columns touches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Touched {
+    /// Groups with a chosen column.
+    pub groups: usize,
+    /// Chosen columns.
+    pub columns: usize,
+}
+
+/// A strip, borrowed.
+#[derive(Clone, Copy)]
+#[allow(missing_docs)]
+pub struct ColumnStrip<'a> {
+    pub ty: GgmlType,
+    pub codes: Codes,
+    /// Outputs, padded to whole tiles (the last may be a half): a multiple of 128.
+    pub width: usize,
+    pub cols: usize,
+    pub group_len: usize,
+    pub has_min: bool,
+    /// `[factor, zero]` or `[factor, zero, min_factor, min_zero]`, `[..][width]`.
+    pub heads: &'a [f32],
+    /// `[groups][group_bytes]`
+    pub groups: &'a [u8],
+    pub group_bytes: usize,
+    /// Bytes of a column, a multiple of 64.
+    pub column_bytes: usize,
+    /// Bytes of its low part.
+    pub low_bytes: usize,
+}
+
+impl ColumnLayout {
+    /// The layout of a matrix of `outputs x cols`; `None` for types that are not quantised.
+    pub fn new(ty: GgmlType, outputs: usize, cols: usize) -> Option<Self> {
+        let fits = is_quantised(ty) && cols.is_multiple_of(32) && outputs > 0;
+        fits.then_some(Self { ty, outputs, cols })
+    }
+
+    /// Number of outputs.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// Number of columns.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Columns that share a scale.
+    pub fn group_len(&self) -> usize {
+        group_len(self.ty)
+    }
+
+    /// Groups of columns.
+    pub fn groups(&self) -> usize {
+        self.cols / self.group_len()
+    }
+
+    /// Number of strips; all have as many tiles, but for one.
+    pub fn strips(&self) -> usize {
+        self.outputs.div_ceil(STRIP)
+    }
+
+    /// Outputs of strip `strip`.
+    pub fn outputs_of(&self, strip: usize) -> Range<usize> {
+        let (tiles, strips) = (self.outputs.div_ceil(TILE), self.strips());
+        let at = |s: usize| (s * tiles / strips * TILE).min(self.outputs);
+        at(strip)..at(strip + 1)
+    }
+
+    /// Outputs of a strip with the padding.
+    pub fn width(&self, strip: usize) -> usize {
+        self.outputs_of(strip).len().next_multiple_of(HALF_TILE)
+    }
+
+    /// Bytes of a column's low and high part in a strip of `width`.
+    fn parts(&self, width: usize) -> (usize, usize) {
+        match self.codes() {
+            Codes::Bytes => (width, 0),
+            Codes::Table => (width / 2, 0),
+            Codes::Nibbles { high } => (width / 2, width * high / 8),
+        }
+    }
+
+    fn column_bytes(&self, width: usize) -> usize {
+        let (low, high) = self.parts(width);
+        (low + high).next_multiple_of(LINE)
+    }
+
+    /// Bytes of the scales (and mins) of a group.
+    fn scale_bytes(&self, width: usize) -> usize {
+        width * (1 + usize::from(has_min(self.ty)))
+    }
+
+    fn group_bytes(&self, width: usize) -> usize {
+        self.scale_bytes(width) + self.group_len() * self.column_bytes(width)
+    }
+
+    /// Floats of a strip's heads.
+    pub fn heads(&self, strip: usize) -> usize {
+        self.width(strip) * if has_min(self.ty) { 4 } else { 2 }
+    }
+
+    /// Spans of [`SPAN`] columns, the last of which may be shorter.
+    pub fn spans(&self) -> usize {
+        self.cols.div_ceil(SPAN)
+    }
+
+    /// Bytes of a span of a strip.
+    pub fn span_bytes(&self, strip: usize) -> usize {
+        SPAN / self.group_len() * self.group_bytes(self.width(strip))
+    }
+
+    /// Bytes of everything.
+    pub fn bytes(&self) -> usize {
+        self.bytes_read(Touched { groups: self.groups(), columns: self.cols })
+    }
+
+    /// Bytes that a product reads which touches so many groups and columns.
+    pub fn bytes_read(&self, touched: Touched) -> usize {
+        let strip = |s: usize| {
+            let width = self.width(s);
+            4 * self.heads(s)
+                + touched.groups * self.scale_bytes(width)
+                + touched.columns * self.column_bytes(width)
+        };
+        (0..self.strips()).map(strip).sum()
+    }
+
+    /// Strip `strip` with its heads and groups.
+    ///
+    /// # Panics
+    /// If there is no such strip, or what is passed is shorter than it.
+    pub fn view<'a>(&self, strip: usize, heads: &'a [f32], groups: &'a [u8]) -> ColumnStrip<'a> {
+        assert!(strip < self.strips());
+        let width = self.width(strip);
+        let group_bytes = self.group_bytes(width);
+        ColumnStrip {
+            ty: self.ty,
+            codes: self.codes(),
+            width,
+            cols: self.cols,
+            group_len: self.group_len(),
+            has_min: has_min(self.ty),
+            heads: &heads[..self.heads(strip)],
+            groups: &groups[..self.groups() * group_bytes],
+            group_bytes,
+            column_bytes: self.column_bytes(width),
+            low_bytes: self.parts(width).0,
+        }
+    }
+
+    /// How codes are stored.
+    pub fn codes(&self) -> Codes {
+        use GgmlType::*;
+        match self.ty {
+            Q5_0 | Q5_1 | Q5_K => Codes::Nibbles { high: 1 },
+            Q6_K => Codes::Nibbles { high: 2 },
+            Q8_0 => Codes::Bytes,
+            IQ4_NL | IQ4_XS => Codes::Table,
+            _ => Codes::Nibbles { high: 0 },
+        }
+    }
+
+    /// Byte of a tile's part of a column's low codes that has the code of output `o` of the tile, and how far up in it.
+    ///
+    /// The `a`-th sum register holds outputs `16 a..16 a + 16`, in four lanes of four. Interleaving a cache line
+    /// gives four registers (quarters), each made of four bytes of every lane; the low nibbles of a quarter feed one
+    /// sum register and the high nibbles the next.
+    fn low_place(codes: Codes, o: usize) -> (usize, usize) {
+        let (a, lane, e) = (o / 16, o % 16 / 4, o % 4);
+        match codes {
+            Codes::Bytes => (LINE * (a / 4) + 16 * lane + 4 * (a % 4) + e, 0),
+            _ => (LINE * (a / 8) + 16 * lane + 4 * (a % 8 / 2) + e, 4 * (a % 2)),
+        }
+    }
+
+    /// The same for `high` bits of a tile of `width`. A column has 64, 32 or 16 bytes of them there; a kernel repeats
+    /// them to fill a register, and a copy gives the bits of the lanes that it stands in.
+    fn high_place(high: usize, width: usize, o: usize) -> (usize, usize) {
+        let (a, lane, e) = (o / 16, o % 16 / 4, o % 4);
+        let copies = LINE / (width * high / 8);
+        let lanes = 4 / copies;
+        let field = (a / 8 * 2 + a % 2) * copies + lane / lanes;
+        (16 * (lane % lanes) + 4 * (a % 8 / 2) + e, high * field)
+    }
+
+    /// Where the code of output `o` of a strip of `width` is in a column: byte and shift of its low bits, and of its
+    /// high bits (0 if there are none).
+    fn place(codes: Codes, width: usize, low_bytes: usize, o: usize) -> [(usize, usize); 2] {
+        let (tile, o) = (o / TILE, o % TILE);
+        let (byte, shift) = Self::low_place(codes, o);
+        let low_of_tile = if codes == Codes::Bytes { TILE } else { TILE / 2 };
+        let low = (tile * low_of_tile + byte, shift);
+        let Codes::Nibbles { high: high @ 1.. } = codes else { return [low, (0, 0)] };
+        let (byte, shift) = Self::high_place(high, (width - tile * TILE).min(TILE), o);
+        [low, (low_bytes + tile * TILE * high / 8 + byte, shift)]
+    }
+}
+
+impl ColumnStrip<'_> {
+    /// The code of output `o` of the strip in column `col`, as an unsigned byte of the common form.
+    pub fn code(&self, col: usize, o: usize) -> u8 {
+        let [(low, shift), (high, bit)] = ColumnLayout::place(self.codes, self.width, self.low_bytes, o);
+        let scales = self.group_bytes - self.group_len * self.column_bytes;
+        let in_group = scales + col % self.group_len * self.column_bytes;
+        let column = &self.groups[col / self.group_len * self.group_bytes + in_group..];
+        match self.codes {
+            Codes::Bytes => column[low],
+            Codes::Table => super::IQ4_KVALUES[usize::from(column[low] >> shift & 15)] as u8 ^ 0x80,
+            Codes::Nibbles { high: 0 } => column[low] >> shift & 15,
+            Codes::Nibbles { high: n } => {
+                column[low] >> shift & 15 | (column[high] >> bit & ((1 << n) - 1)) << 4
+            }
+        }
+    }
+
+    /// The byte of the scale (`part` 0) or min (1) of group `group` and output `o`.
+    pub fn scale(&self, part: usize, group: usize, o: usize) -> u8 {
+        self.groups[group * self.group_bytes + part * self.width + o]
+    }
+
+    /// Number `o` of head vector `which`.
+    pub fn head(&self, which: usize, o: usize) -> f32 {
+        self.heads[which * self.width + o]
+    }
+}
+
+/// Finds the heads of output `o` of a strip: the ranges of its scales and mins. `row`: its weights.
+///
+/// Returns factor and zero of the scales, and of the mins (1 and 0 where there are none).
+pub fn heads_of(layout: &ColumnLayout, row: &[u8], s: &mut PackScratch) -> [f32; 4] {
+    let groups = layout.groups();
+    s.q.resize(layout.cols.max(SPAN), 0);
+    s.scale.resize(groups.max(SPAN), 0.0);
+    s.min.resize(groups.max(SPAN), 0.0);
+    unpack_row(layout.ty, row, &mut s.q[..layout.cols], &mut s.scale[..groups], &mut s.min[..groups]);
+    let (factor, zero) = spread(&s.scale[..groups]);
+    let (min_factor, min_zero) = if has_min(layout.ty) { spread(&s.min[..groups]) } else { (1.0, 0.0) };
+    [factor, zero, min_factor, min_zero]
+}
+
+/// `(factor, zero)` such that the bytes stand for what is between the least and the greatest of `values`.
+fn spread(values: &[f32]) -> (f32, f32) {
+    let low = values.iter().fold(f32::INFINITY, |m, &v| m.min(v));
+    let high = values.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
+    let range = high - low;
+    // One value for all groups is met exactly, by code 1 over zero 0.
+    if !range.is_finite() || range <= low.abs().max(high.abs()) * 1e-6 {
+        return if low == 0.0 || !low.is_finite() { (1.0, 0.0) } else { (low, 0.0) };
+    }
+    let factor = range / 255.0;
+    (factor, -low / factor)
+}
+
+/// Buffers of packing.
+#[derive(Default)]
+pub struct PackScratch {
+    q: Vec<u8>,
+    scale: Vec<f32>,
+    min: Vec<f32>,
+}
+
+/// Writes span `span` of strip `strip` of `matrix` to `bytes`, which were zero; `heads` are those of the strip.
+///
+/// # Panics
+/// If the layout is not that of the matrix, or `bytes` or `heads` are shorter than they must be.
+pub fn pack(
+    layout: &ColumnLayout,
+    matrix: &Matrix<'_>,
+    (strip, span): (usize, usize),
+    heads: &[f32],
+    bytes: &mut [u8],
+    s: &mut PackScratch,
+) {
+    let ty = layout.ty;
+    assert!(matrix.ty() == ty && matrix.rows_len() == layout.outputs && matrix.cols() == layout.cols);
+    let width = layout.width(strip);
+    let cols = span * SPAN..((span + 1) * SPAN).min(layout.cols);
+    let (n, groups) = (cols.len(), cols.len() / layout.group_len());
+    s.q.resize(n.max(SPAN), 0);
+    s.scale.resize(groups.max(SPAN), 0.0);
+    s.min.resize(groups.max(SPAN), 0.0);
+    let (scales, group_bytes) = (layout.scale_bytes(width), layout.group_bytes(width));
+    let (low_bytes, column_bytes) = (layout.parts(width).0, layout.column_bytes(width));
+    let indices = iq4_indices();
+    for (o, row) in layout.outputs_of(strip).enumerate() {
+        let row = &matrix.row(row)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
+        let (q, scale, min) = (&mut s.q[..n], &mut s.scale[..groups], &mut s.min[..groups]);
+        unpack_row(ty, row, q, scale, min);
+        let head = |which: usize| heads[which * width + o];
+        let code = |v: f32, which: usize| (v / head(which) + head(which + 1)).round_ties_even() as u8;
+        let [(low, shift), (high, bit)] = ColumnLayout::place(layout.codes(), width, low_bytes, o);
+        for (g, q) in q.chunks_exact(layout.group_len()).enumerate() {
+            let group = &mut bytes[g * group_bytes..][..group_bytes];
+            group[o] = code(scale[g], 0);
+            if has_min(ty) {
+                group[width + o] = code(min[g], 2);
+            }
+            let columns = group[scales..].chunks_exact_mut(column_bytes).zip(q);
+            match layout.codes() {
+                Codes::Bytes => columns.for_each(|(column, q)| column[low] = *q),
+                Codes::Table => {
+                    columns.for_each(|(column, q)| column[low] |= indices[usize::from(*q)] << shift);
+                }
+                Codes::Nibbles { high: 0 } => columns.for_each(|(column, q)| column[low] |= q << shift),
+                Codes::Nibbles { .. } => columns.for_each(|(column, q)| {
+                    column[low] |= (q & 15) << shift;
+                    column[high] |= (q >> 4) << bit;
+                }),
+            }
+        }
+    }
+}
+
+/// From a code of the IQ4 types to its index in their table.
+fn iq4_indices() -> [u8; 256] {
+    let mut index = [0; 256];
+    for (i, v) in super::IQ4_KVALUES.iter().enumerate() {
+        index[usize::from(v.wrapping_add(-128) as u8)] = i as u8;
+    }
+    index
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::quantize_row;
+
+    fn types() -> impl Iterator<Item = GgmlType> {
+        GgmlType::all().filter(|&ty| is_quantised(ty))
+    }
+
+    /// A matrix whose scales differ from group to group.
+    fn bytes(ty: GgmlType, outputs: usize, cols: usize) -> Vec<u8> {
+        let wave = |i: usize| (i as f32 * 0.37).sin() * (1.5 + (i as f32 * 0.001).sin());
+        let values: Vec<f32> = (0..outputs * cols).map(wave).collect();
+        let mut bytes = vec![0; ty.row_bytes(cols) * outputs];
+        quantize_row(ty, &values, &mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn the_column_form_holds_the_codes_and_nearly_the_scales() {
+        for ty in types() {
+            for (outputs, blocks) in [(1, 1), (100, 3), (256, 2), (300, 1), (500, 1), (8300, 1)] {
+                let cols = blocks * ty.block_len();
+                let bytes = bytes(ty, outputs, cols);
+                let matrix = Matrix::new(ty, outputs, cols, &bytes).unwrap();
+                let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+                assert_eq!(layout.outputs_of(layout.strips() - 1).end, outputs);
+                for s in 0..layout.strips() {
+                    let (heads, groups) = packed(&layout, &matrix, s);
+                    check_strip(&layout.view(s, &heads, &groups), &matrix, layout.outputs_of(s));
+                }
+            }
+        }
+    }
+
+    fn check_strip(strip: &ColumnStrip<'_>, matrix: &Matrix<'_>, outputs: Range<usize>) {
+        let (ty, cols, groups) = (strip.ty, strip.cols, strip.cols / strip.group_len);
+        let (mut q, mut scale, mut min) = (vec![0; cols], vec![0.0; groups], vec![0.0; groups]);
+        for (o, row) in outputs.enumerate() {
+            unpack_row(ty, matrix.row(row), &mut q, &mut scale, &mut min);
+            for (c, q) in q.iter().enumerate() {
+                assert_eq!(strip.code(c, o), *q, "{ty} {row} {c}");
+            }
+            check_scales(strip, 0, o, &scale);
+            if has_min(ty) {
+                check_scales(strip, 1, o, &min);
+            }
+        }
+    }
+
+    fn check_scales(strip: &ColumnStrip<'_>, part: usize, o: usize, want: &[f32]) {
+        let (factor, zero) = (strip.head(2 * part, o), strip.head(2 * part + 1, o));
+        let range =
+            want.iter().fold(f32::MIN, |m, &v| m.max(v)) - want.iter().fold(f32::MAX, |m, &v| m.min(v));
+        for (g, want) in want.iter().enumerate() {
+            let got = factor * (f32::from(strip.scale(part, g, o)) - zero);
+            let step = range / 255.0 * 0.51 + want.abs() * 1e-5;
+            assert!((got - want).abs() <= step, "{:?} {o} {g}: {got} {want}", strip.ty);
+        }
+    }
+
+    #[test]
+    fn codes_have_places_of_their_own() {
+        for ty in types() {
+            for outputs in [100, 256, 300, 500, 1000] {
+                let layout = ColumnLayout::new(ty, outputs, 256).unwrap();
+                let (width, mut seen) = (layout.width(0), std::collections::HashSet::new());
+                let (low_bytes, high_bytes) = layout.parts(width);
+                for o in 0..width {
+                    let [low, high] = ColumnLayout::place(layout.codes(), width, low_bytes, o);
+                    assert!(low.0 < low_bytes && seen.insert(low), "{ty} {width} {o}");
+                    if high_bytes > 0 {
+                        assert!((low_bytes..low_bytes + high_bytes).contains(&high.0), "{ty} {width} {o}");
+                        assert!(high.1 < 8 && seen.insert(high), "{ty} {width} {o}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Bytes of the types that decoders use most: not more than by rows, and in proportion to what is chosen.
+    #[test]
+    fn the_column_form_is_no_larger_than_the_rows() {
+        use GgmlType::*;
+        for ty in [Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K, Q8_0, IQ4_NL, IQ4_XS] {
+            let (outputs, cols) = (4096, 11008);
+            let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+            let rows = ty.row_bytes(cols) * outputs;
+            assert!(layout.bytes() as f64 <= rows as f64 * 1.003, "{ty}: {} {rows}", layout.bytes());
+            let half = Touched { groups: layout.groups(), columns: cols / 2 };
+            assert!((layout.bytes_read(half) as f64) < 0.57 * rows as f64, "{ty}");
+            assert!(layout.bytes_read(Touched::default()) < rows / 100);
+        }
+    }
+}
+
+/// Heads and groups of a strip, for tests of this and other modules.
+#[cfg(test)]
+pub(crate) fn packed(layout: &ColumnLayout, matrix: &Matrix<'_>, strip: usize) -> (Vec<f32>, Vec<u8>) {
+    let (mut scratch, width) = (PackScratch::default(), layout.width(strip));
+    let mut heads = vec![0.0; layout.heads(strip)];
+    for (o, row) in layout.outputs_of(strip).enumerate() {
+        let found = heads_of(layout, matrix.row(row), &mut scratch);
+        heads.chunks_exact_mut(width).zip(found).for_each(|(heads, found)| heads[o] = found);
+    }
+    let mut groups = vec![0; layout.spans() * layout.span_bytes(strip)];
+    for (span, bytes) in groups.chunks_exact_mut(layout.span_bytes(strip)).enumerate() {
+        pack(layout, matrix, (strip, span), &heads, bytes, &mut scratch);
+    }
+    (heads, groups)
+}

@@ -1,0 +1,465 @@
+//! What a calibration run has learnt about a model, and its form in a `.skip.gguf` file.
+//!
+//! The keys are documented in docs/skip-file.md. A file is hostile until [`Calibration::read`] has returned:
+//! every length is checked against the model's shape and every number against its range.
+
+use std::io;
+
+use super::{CutPlan, CutSide, LayerCut, ModelFacts};
+use crate::gguf::{Builder, Error as GgufError, GgmlType, Gguf, Metadata, StringArray, WriteError};
+use crate::quant;
+
+/// Version of the keys.
+const VERSION: u32 = 1;
+/// Most entries of a curve and most points: far more than `skiff calibrate` writes.
+const MAX_ENTRIES: usize = 1024;
+
+/// How a policy's strength sets the share that it skips, measured on the calibration text.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Curve {
+    /// Shares, 0 to 1, rising.
+    pub ratios: Vec<f32>,
+    /// The strength that gives each.
+    pub strengths: Vec<f32>,
+}
+
+impl Curve {
+    /// The strength that gives `ratio`, interpolated; `None` beyond the largest measured.
+    pub fn strength(&self, ratio: f32) -> Option<f32> {
+        let at = self.ratios.iter().position(|&r| r >= ratio)?;
+        if at == 0 {
+            return self.strengths.first().copied();
+        }
+        let (low, high) = (self.ratios[at - 1], self.ratios[at]);
+        let t = (ratio - low) / (high - low).max(f32::EPSILON);
+        Some(self.strengths[at - 1] + t * (self.strengths[at] - self.strengths[at - 1]))
+    }
+
+    /// The largest measured share.
+    pub fn most(&self) -> f32 {
+        self.ratios.last().copied().unwrap_or(0.0)
+    }
+}
+
+/// What may be cut, and how deep.
+///
+/// The weight of an entry is the error that a unit of it adds to the model's output, as calibration estimates it,
+/// in units of what a byte of its column is worth; so one threshold serves all layers and both sides, and what
+/// is left out is always that which costs least for a byte.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct CutCalibration {
+    /// Centres and weights.
+    pub plan: CutPlan,
+    /// Threshold by share of FFN weight bytes.
+    pub curve: Curve,
+}
+
+/// The measured quality of a policy at a strength, on text that it was not calibrated on.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Point {
+    /// Name of the policy.
+    pub policy: String,
+    /// The `--skip-ratio` that was asked for.
+    pub ratio: f32,
+    /// Share of FFN blocks skipped.
+    pub blocks: f32,
+    /// Share of FFN weight bytes left unread.
+    pub bytes: f32,
+    /// Perplexity in units of the full model's.
+    pub perplexity: f32,
+    /// Mean KL divergence from the full model, nats.
+    pub kl: f32,
+    /// Share of tokens whose most likely successor is the full model's.
+    pub same_top1: f32,
+}
+
+/// What `skiff calibrate` measures. Vectors have an entry a layer unless they say otherwise.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Calibration {
+    /// [Fingerprint](crate::weights::Weights::fingerprint) of the model.
+    pub model: String,
+    /// Name of the calibration text.
+    pub text: String,
+    /// Tokens of it that were evaluated.
+    pub tokens: u32,
+    /// Mean `cos(h, h + FFN(norm(h)))`.
+    pub cosines: Vec<f32>,
+    /// Block Influence, `1 - mean cos(layer in, layer out)`.
+    pub influence: Vec<f32>,
+    /// Mean KL divergence that skipping this FFN alone causes, nats.
+    pub damage: Vec<f32>,
+    /// First layer whose FFN may be skipped, and the first after the last.
+    pub cold: (usize, usize),
+    /// `ffn-skip` with `k` = 1: cosine threshold by share of blocks.
+    pub ffn_skip: Curve,
+    /// What `cut` needs.
+    pub cut: Option<CutCalibration>,
+    /// Measured points, in no order.
+    pub points: Vec<Point>,
+    /// Index of the point that `--skip auto` takes.
+    pub auto: Option<usize>,
+}
+
+/// Why a calibration file does not serve.
+#[derive(Debug, thiserror::Error, PartialEq)]
+#[allow(missing_docs)]
+pub enum CalibrationError {
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    #[error("not a calibration file: general.architecture is {found:?}, expected \"skip\"")]
+    NotOne { found: String },
+    #[error("skip.version {found}: this program reads version {VERSION}; calibrate anew")]
+    Version { found: u32 },
+    #[error("calibrated for another model ({key} {found}, this model has {expected}); calibrate anew")]
+    OtherModel { key: &'static str, found: String, expected: String },
+    #[error("{key} has {found} entries, expected {expected}")]
+    Length { key: String, found: usize, expected: usize },
+    #[error("{key}[{index}] is {found}, expected {expected}")]
+    Value { key: String, index: usize, found: f32, expected: &'static str },
+    #[error("tensor {tensor:?} is {found}, expected {ty} {expected:?}")]
+    Tensor { tensor: String, found: String, ty: GgmlType, expected: [u64; 2] },
+    #[error("{key} is {found}, expected {expected}")]
+    Number { key: &'static str, found: usize, expected: String },
+}
+
+type Result<T> = std::result::Result<T, CalibrationError>;
+
+impl Calibration {
+    /// The layers of `warm`, best to skip first: those whose FFN turns the stream least.
+    pub fn static_order(&self, warm: std::ops::Range<usize>) -> Vec<usize> {
+        let mut layers: Vec<usize> = warm.collect();
+        layers.sort_by(|&a, &b| self.cosines[b].total_cmp(&self.cosines[a]));
+        layers
+    }
+
+    /// The layers of `warm`, least influence first.
+    pub fn influence_order(&self, warm: std::ops::Range<usize>) -> Vec<usize> {
+        let mut layers: Vec<usize> = warm.collect();
+        layers.sort_by(|&a, &b| self.influence[a].total_cmp(&self.influence[b]));
+        layers
+    }
+
+    /// The point that `--skip auto` takes.
+    pub fn auto_point(&self) -> Option<&Point> {
+        self.auto.and_then(|i| self.points.get(i))
+    }
+
+    /// Reads the file `bytes`, whose header is `file`, for a model of the shapes `facts` and with `fingerprint`.
+    pub fn read(file: &Gguf, bytes: &[u8], facts: &ModelFacts, fingerprint: &str) -> Result<Self> {
+        let metadata = &file.metadata;
+        check_kind(metadata, facts, fingerprint)?;
+        let r = Reader { file, bytes, metadata };
+        let layers = facts.layers;
+        let (start, end) = (metadata.usize("skip.cold.start")?, metadata.usize("skip.cold.end")?);
+        if start > end || end > layers {
+            let expected = format!("a layer from {start} to {layers}");
+            return Err(CalibrationError::Number { key: "skip.cold.end", found: end, expected });
+        }
+        let points = r.points()?;
+        let auto = metadata.opt_usize("skip.auto")?;
+        if let Some(found) = auto.filter(|&i| i >= points.len()) {
+            let expected = format!("the index of one of {} points", points.len());
+            return Err(CalibrationError::Number { key: "skip.auto", found, expected });
+        }
+        Ok(Self {
+            model: fingerprint.to_owned(),
+            text: metadata.opt_str("skip.text")?.unwrap_or_default().to_owned(),
+            tokens: metadata.u32("skip.tokens")?,
+            cosines: r.numbers("skip.cosine", layers, &COSINE)?,
+            influence: r.numbers("skip.influence", layers, &INFLUENCE)?,
+            damage: r.numbers("skip.damage", layers, &POSITIVE)?,
+            cold: (start, end),
+            ffn_skip: r.curve("skip.ffn_skip", &COSINE)?,
+            cut: r.cut(facts)?,
+            points,
+            auto,
+        })
+    }
+
+    /// Writes the file.
+    pub fn write<W: io::Write>(&self, facts: &ModelFacts, out: W) -> std::result::Result<W, WriteError> {
+        let mut file = Builder::new();
+        self.keys(&mut file, facts)?;
+        let sides = self.cut.as_ref().map_or_else(Vec::new, |cut| {
+            file_sides(facts).map(|(name, n, of)| (name, n, matrix(&cut.plan, n, of))).to_vec()
+        });
+        let sides: Vec<_> = sides.into_iter().filter(|(_, _, values)| !values.is_empty()).collect();
+        for (name, n, _) in &sides {
+            file.tensor(*name, stored_type(*n), &[*n as u64, facts.layers as u64])?;
+        }
+        let mut out = file.start(out)?;
+        for (_, n, values) in &sides {
+            out.write_tensor(&stored(*n, values))?;
+        }
+        out.finish()
+    }
+
+    fn keys(&self, file: &mut Builder, facts: &ModelFacts) -> std::result::Result<(), GgufError> {
+        file.insert("general.architecture", "skip")?;
+        file.insert("skip.version", VERSION)?;
+        file.insert("skip.model.fingerprint", self.model.as_str())?;
+        file.insert("skip.model.layers", facts.layers as u32)?;
+        file.insert("skip.model.embedding", facts.embedding as u32)?;
+        file.insert("skip.model.ffn", facts.ffn as u32)?;
+        file.insert("skip.text", self.text.as_str())?;
+        file.insert("skip.tokens", self.tokens)?;
+        file.insert("skip.cosine", self.cosines.clone())?;
+        file.insert("skip.influence", self.influence.clone())?;
+        file.insert("skip.damage", self.damage.clone())?;
+        file.insert("skip.cold.start", self.cold.0 as u32)?;
+        file.insert("skip.cold.end", self.cold.1 as u32)?;
+        file.insert("skip.ffn_skip.ratio", self.ffn_skip.ratios.clone())?;
+        file.insert("skip.ffn_skip.strength", self.ffn_skip.strengths.clone())?;
+        if let Some(cut) = &self.cut {
+            let cuttable: Vec<bool> = cut.plan.layers.iter().map(Option::is_some).collect();
+            file.insert("skip.cut.layer", cuttable)?;
+            file.insert("skip.cut.ratio", cut.curve.ratios.clone())?;
+            file.insert("skip.cut.strength", cut.curve.strengths.clone())?;
+        }
+        self.write_points(file)
+    }
+
+    fn write_points(&self, file: &mut Builder) -> std::result::Result<(), GgufError> {
+        let policies: StringArray = self.points.iter().map(|p| p.policy.as_str()).collect();
+        file.insert("skip.point.policy", policies)?;
+        for (name, of) in POINT_FIELDS {
+            let values: Vec<f32> = self.points.iter().map(|p| *of(&mut p.clone())).collect();
+            file.insert(format!("skip.point.{name}"), values)?;
+        }
+        self.auto.map_or(Ok(()), |i| file.insert("skip.auto", i as u32))
+    }
+}
+
+/// A tensor of the file: name, columns, and the vector of a layer that is a row of it.
+type FileSide = (&'static str, usize, fn(&mut LayerCut) -> &mut Vec<f32>);
+
+fn file_sides(facts: &ModelFacts) -> [FileSide; 4] {
+    [
+        ("cut.inputs.centre", facts.embedding, |cut| &mut cut.inputs.centre),
+        ("cut.inputs.weight", facts.embedding, |cut| &mut cut.inputs.weight),
+        ("cut.inner.centre", facts.ffn, |cut| &mut cut.inner.centre),
+        ("cut.inner.weight", facts.ffn, |cut| &mut cut.inner.weight),
+    ]
+}
+
+/// The vectors of all layers, one after the other, zeros for those that have none; nothing if no layer has one.
+fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> Vec<f32> {
+    let vectors = plan.layers.iter().map(|cut| cut.clone().map(|mut cut| std::mem::take(of(&mut cut))));
+    let vectors: Vec<Vec<f32>> = vectors.map(Option::unwrap_or_default).collect();
+    if vectors.iter().all(Vec::is_empty) {
+        return Vec::new();
+    }
+    vectors
+        .into_iter()
+        .flat_map(|mut vector| {
+            vector.resize(n, 0.0);
+            vector
+        })
+        .collect()
+}
+
+/// The type in which vectors of `n` entries are stored: a byte an entry is exact enough, where blocks fit.
+fn stored_type(n: usize) -> GgmlType {
+    if n.is_multiple_of(GgmlType::Q8_0.block_len()) { GgmlType::Q8_0 } else { GgmlType::F16 }
+}
+
+/// Rows of `n` values as the file has them.
+fn stored(n: usize, values: &[f32]) -> Vec<u8> {
+    let ty = stored_type(n);
+    let mut bytes = vec![0; ty.row_bytes(n) * (values.len() / n)];
+    for (row, bytes) in values.chunks_exact(n).zip(bytes.chunks_exact_mut(ty.row_bytes(n))) {
+        quant::quantize_row(ty, row, bytes);
+    }
+    bytes
+}
+
+/// What [`stored`] has made of rows of `n` values.
+fn restored(n: usize, bytes: &[u8]) -> Vec<f32> {
+    let ty = stored_type(n);
+    let mut values = vec![0.0; bytes.len() / ty.row_bytes(n) * n];
+    for (row, bytes) in values.chunks_exact_mut(n).zip(bytes.chunks_exact(ty.row_bytes(n))) {
+        quant::dequantize_row(ty, bytes, row);
+    }
+    values
+}
+
+impl CutPlan {
+    /// The plan as it comes back from a file.
+    pub fn as_stored(&self) -> Self {
+        let round = |side: &mut CutSide| {
+            for vector in [&mut side.centre, &mut side.weight].into_iter().filter(|v| !v.is_empty()) {
+                *vector = restored(vector.len(), &stored(vector.len(), vector));
+            }
+        };
+        let mut plan = self.clone();
+        for cut in plan.layers.iter_mut().flatten() {
+            round(&mut cut.inputs);
+            round(&mut cut.inner);
+        }
+        plan
+    }
+}
+
+/// The numbers of a point, by the end of their key.
+const POINT_FIELDS: [(&str, fn(&mut Point) -> &mut f32); 6] = [
+    ("ratio", |p| &mut p.ratio),
+    ("blocks", |p| &mut p.blocks),
+    ("bytes", |p| &mut p.bytes),
+    ("perplexity", |p| &mut p.perplexity),
+    ("kl", |p| &mut p.kl),
+    ("same_top1", |p| &mut p.same_top1),
+];
+
+/// What a number may be, in words and as a test.
+type Range = (&'static str, fn(f32) -> bool);
+const COSINE: Range = ("a cosine, -1 to 1", |v| (-1.0..=1.0).contains(&v));
+const INFLUENCE: Range = ("0 to 2", |v| (0.0..=2.0).contains(&v));
+const SHARE: Range = ("a share, 0 to 1", |v| (0.0..=1.0).contains(&v));
+const FINITE: Range = ("a finite number", f32::is_finite);
+const POSITIVE: Range = ("a number from 0 on", |v| v >= 0.0 && v.is_finite());
+
+fn check_kind(metadata: &Metadata, facts: &ModelFacts, fingerprint: &str) -> Result<()> {
+    let kind = metadata.str("general.architecture")?;
+    if kind != "skip" {
+        return Err(CalibrationError::NotOne { found: kind.to_owned() });
+    }
+    let found = metadata.u32("skip.version")?;
+    if found != VERSION {
+        return Err(CalibrationError::Version { found });
+    }
+    let other = |key, found: &str, expected: &str| {
+        Err(CalibrationError::OtherModel { key, found: found.to_owned(), expected: expected.to_owned() })
+    };
+    let shapes = [
+        ("skip.model.layers", facts.layers),
+        ("skip.model.embedding", facts.embedding),
+        ("skip.model.ffn", facts.ffn),
+    ];
+    for (key, expected) in shapes {
+        let found = metadata.usize(key)?;
+        if found != expected {
+            return other(key, &found.to_string(), &expected.to_string());
+        }
+    }
+    let found = metadata.str("skip.model.fingerprint")?;
+    if found != fingerprint { other("skip.model.fingerprint", found, fingerprint) } else { Ok(()) }
+}
+
+/// Checked lookups.
+struct Reader<'a> {
+    file: &'a Gguf,
+    bytes: &'a [u8],
+    metadata: &'a Metadata,
+}
+
+impl Reader<'_> {
+    /// The array at `key`, of `expected` entries in `range`.
+    fn numbers(&self, key: &str, expected: usize, range: &Range) -> Result<Vec<f32>> {
+        let values = self.metadata.array_f32(key)?;
+        if values.len() != expected {
+            return Err(CalibrationError::Length { key: key.into(), found: values.len(), expected });
+        }
+        match values.iter().position(|&v| !range.1(v)) {
+            Some(index) => {
+                let (key, found, expected) = (key.to_owned(), values[index], range.0);
+                Err(CalibrationError::Value { key, index, found, expected })
+            }
+            None => Ok(values.to_vec()),
+        }
+    }
+
+    /// The curve whose keys begin with `prefix`.
+    fn curve(&self, prefix: &str, strength: &Range) -> Result<Curve> {
+        let key = format!("{prefix}.ratio");
+        let n = self.metadata.array_f32(&key)?.len().min(MAX_ENTRIES);
+        let ratios = self.numbers(&key, n, &SHARE)?;
+        if let Some(i) = ratios.windows(2).position(|pair| pair[0] > pair[1]) {
+            let (index, found, expected) = (i + 1, ratios[i + 1], "no less than the entry before");
+            return Err(CalibrationError::Value { key, index, found, expected });
+        }
+        let strengths = self.numbers(&format!("{prefix}.strength"), n, strength)?;
+        Ok(Curve { ratios, strengths })
+    }
+
+    fn cut(&self, facts: &ModelFacts) -> Result<Option<CutCalibration>> {
+        let key = "skip.cut.layer";
+        let Some(cuttable) = self.metadata.opt_array_bool(key)? else { return Ok(None) };
+        if cuttable.len() != facts.layers {
+            let (found, expected) = (cuttable.len(), facts.layers);
+            return Err(CalibrationError::Length { key: key.into(), found, expected });
+        }
+        let empty = || LayerCut { inputs: CutSide::default(), inner: CutSide::default() };
+        let mut layers: Vec<Option<LayerCut>> = cuttable.iter().map(|&c| c.then(empty)).collect();
+        for (name, n, of) in file_sides(facts) {
+            let range = if name.ends_with("weight") { &POSITIVE } else { &FINITE };
+            let Some(values) = self.tensor(name, n, facts.layers, range)? else { continue };
+            for (cut, values) in layers.iter_mut().zip(values.chunks_exact(n)) {
+                cut.iter_mut().for_each(|cut| *of(cut) = values.to_vec());
+            }
+        }
+        let curve = self.curve("skip.cut", &POSITIVE)?;
+        Ok(Some(CutCalibration { plan: CutPlan { layers }, curve }))
+    }
+
+    /// The tensor `name`, `[rows, n]`, if there is one.
+    fn tensor(&self, name: &str, n: usize, rows: usize, range: &Range) -> Result<Option<Vec<f32>>> {
+        let Some(info) = self.file.tensor(name) else { return Ok(None) };
+        let expected = [n as u64, rows as u64];
+        if info.ty != stored_type(n) || info.shape != expected {
+            let (tensor, found) = (name.to_owned(), format!("{} {:?}", info.ty, info.shape));
+            return Err(CalibrationError::Tensor { tensor, found, ty: stored_type(n), expected });
+        }
+        // The reader has checked that the extent lies inside the file.
+        let bytes = &self.bytes[info.offset as usize..][..info.n_bytes as usize];
+        let values = restored(n, bytes);
+        match values.iter().position(|&v| !range.1(v)) {
+            Some(index) => {
+                let (key, found, expected) = (name.to_owned(), values[index], range.0);
+                Err(CalibrationError::Value { key, index, found, expected })
+            }
+            None => Ok(Some(values)),
+        }
+    }
+
+    fn points(&self) -> Result<Vec<Point>> {
+        let policies = self.metadata.array_str("skip.point.policy")?;
+        let n = policies.len();
+        if n > MAX_ENTRIES {
+            let key = "skip.point.policy".to_owned();
+            return Err(CalibrationError::Length { key, found: n, expected: MAX_ENTRIES });
+        }
+        let name = |i| String::from_utf8_lossy(policies.get(i).unwrap_or_default()).into_owned();
+        let point = |i| Point {
+            policy: name(i),
+            ratio: 0.0,
+            blocks: 0.0,
+            bytes: 0.0,
+            perplexity: 0.0,
+            kl: 0.0,
+            same_top1: 0.0,
+        };
+        let mut points: Vec<Point> = (0..n).map(point).collect();
+        for (name, of) in POINT_FIELDS {
+            let range = if matches!(name, "perplexity" | "kl") { &POSITIVE } else { &SHARE };
+            let values = self.numbers(&format!("skip.point.{name}"), n, range)?;
+            points.iter_mut().zip(values).for_each(|(point, value)| *of(point) = value);
+        }
+        Ok(points)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn curves_interpolate_and_end() {
+        let curve = Curve { ratios: vec![0.1, 0.2, 0.2, 0.4], strengths: vec![5.0, 4.0, 3.0, 1.0] };
+        assert_eq!(curve.strength(0.05), Some(5.0));
+        assert!((curve.strength(0.15).unwrap() - 4.5).abs() < 1e-5);
+        assert_eq!(curve.strength(0.2), Some(4.0));
+        assert!((curve.strength(0.3).unwrap() - 2.0).abs() < 1e-5);
+        assert_eq!((curve.strength(0.41), curve.most()), (None, 0.4));
+        assert_eq!(Curve::default().strength(0.1), None);
+    }
+}

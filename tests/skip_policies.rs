@@ -1,0 +1,275 @@
+//! Skip policies on a model: whole layers left out, calibration, its file, and the shares that it promises.
+
+mod common;
+
+use common::models::{ModelFile, Shape};
+use skiff::eval::calibrate::{CalibrateOptions, calibrate};
+use skiff::gguf::{Builder, GgmlType, Gguf, Value};
+use skiff::kernels::Kernels;
+use skiff::model::{FfnStep, KvType, Model, State};
+use skiff::ops::Compute;
+use skiff::skip::{
+    Calibration, CalibrationError, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipMode, SkipOptions,
+    SkipPolicy,
+};
+use skiff::threads::Team;
+
+const SHAPE: Shape = Shape { layers: 12, embedding: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 96 };
+const CONTEXT: usize = 512;
+
+fn model() -> Model {
+    ModelFile::llama(SHAPE, GgmlType::Q8_0).load().unwrap()
+}
+
+fn on(team: &Team) -> Compute<'_> {
+    Compute { team, kernels: Kernels::available().next().unwrap() }
+}
+
+fn ids(n: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i * 37 + i * i / 3 + i / 7 * 11 + 5) % SHAPE.vocab) as u32).collect()
+}
+
+/// Logits of every position under a policy, evaluated in steps of `batch`; and the state after it.
+fn logits(
+    model: &Model,
+    team: &Team,
+    policy: Box<dyn SkipPolicy>,
+    ids: &[u32],
+    batch: usize,
+) -> (Vec<f32>, State) {
+    let mut state = State::new(model, team, (CONTEXT, CONTEXT), KvType::F16, policy);
+    let mut out = Vec::new();
+    for (i, step) in ids.chunks(batch).enumerate() {
+        model.forward(on(team), &mut state, step, FfnStep::Governed { index: i * batch }).unwrap();
+        let mut rows = vec![0.0; step.len() * SHAPE.vocab];
+        model.logits_of(on(team), &mut state, 0..step.len(), &mut rows);
+        out.extend(rows);
+    }
+    (out, state)
+}
+
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    let square = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>();
+    (square(&mut a.iter().zip(b).map(|(a, b)| a - b)) / square(&mut b.iter().copied())).sqrt()
+}
+
+#[test]
+fn a_layer_left_out_passes_the_stream_on() {
+    let (model, team) = (model(), Team::new(2).unwrap());
+    let all: Vec<usize> = (0..SHAPE.layers).collect();
+    let ids = ids(8);
+    let (got, mut state) = logits(&model, &team, Box::new(ShortGpt::new(&all, SHAPE.layers, 0)), &ids, 8);
+    assert_eq!((state.stats().share(), state.stats().layer_share()), (1.0, 1.0));
+    // With every layer left out the stream is the embedding, whatever came before: each token by itself is equal.
+    for (t, got) in ids.iter().zip(got.chunks_exact(SHAPE.vocab)) {
+        state.truncate(0);
+        model.forward(on(&team), &mut state, &[*t], FfnStep::Governed { index: 0 }).unwrap();
+        let alone = model.logits(on(&team), &mut state, 0).to_vec();
+        assert!(distance(&alone, got) < 1e-3);
+    }
+    let (full, _) = logits(&model, &team, Box::new(Never), &ids, 8);
+    assert!(distance(&got, &full) > 0.05, "leaving out all layers matters");
+}
+
+/// Rows of one step leave out different layers; keys and values are there for tokens that run them later.
+#[test]
+fn layers_left_out_do_not_depend_on_the_steps() {
+    let (model, team) = (model(), Team::new(2).unwrap());
+    let policy = || Box::new(SkipDecode::new(0.5, 3, 1..11));
+    let ids = ids(40);
+    let (together, _) = logits(&model, &team, policy(), &ids, 40);
+    let (one_by_one, mut state) = logits(&model, &team, policy(), &ids, 1);
+    assert!(distance(&together, &one_by_one) < 0.02, "{}", distance(&together, &one_by_one));
+    assert!(state.stats().layer_share() > 0.4);
+
+    // A token that runs all layers after tokens that did not: it finds a key in every layer at every position.
+    let shares = state.stats().layer_share();
+    model.forward(on(&team), &mut state, &ids[..1], FfnStep::Full).unwrap();
+    assert!(model.logits(on(&team), &mut state, 0).iter().all(|v| v.is_finite()));
+    assert_eq!(state.stats().layer_share(), shares, "a full step is not counted");
+    for layer in 0..SHAPE.layers {
+        for position in 0..41 {
+            let keys = state.kv().keys(on(&team).kernels, layer, position);
+            assert!(keys.iter().any(|&k| k != 0.0), "layer {layer}, position {position}");
+        }
+    }
+}
+
+fn calibrated(model: &mut Model, team: &Team, quality_windows: usize) -> (Calibration, Vec<u32>) {
+    let ids = ids(CONTEXT * (quality_windows + 4));
+    let options = CalibrateOptions { windows: 4, quality_windows, text: "a text".into() };
+    let mut stages = Vec::new();
+    let found = calibrate(model, on(team), &ids, &options, &mut |stage, done, all| {
+        assert!(done <= all);
+        stages.push(stage);
+        true
+    });
+    stages.dedup();
+    assert_eq!(stages.len(), if quality_windows > 0 { 4 } else { 3 });
+    (found.unwrap(), ids)
+}
+
+/// Shares of blocks and of bytes that a policy skips, of tokens past the warm-up.
+fn shares(model: &Model, team: &Team, options: &SkipOptions, ids: &[u32]) -> (f64, f64) {
+    let policy = model.policy(options).unwrap();
+    let mut state = State::new(model, team, (CONTEXT, CONTEXT), KvType::F16, policy);
+    for window in ids.chunks_exact(CONTEXT) {
+        state.truncate(0);
+        model.forward(on(team), &mut state, window, FfnStep::Governed { index: 0 }).unwrap();
+    }
+    let scale = CONTEXT as f64 / (CONTEXT - 25) as f64;
+    let bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
+    (scale * state.stats().share(), scale * state.stats().weighted_share(bytes))
+}
+
+#[test]
+fn policies_reach_the_ratio_asked_for() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (found, ids) = calibrated(&mut model, &team, 0);
+    model.set_calibration(found);
+    for ratio in [0.1, 0.25, 0.4] {
+        for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut"] {
+            let mode = SkipMode::from_name(name).unwrap();
+            let options = SkipOptions { mode, ratio: Some(ratio), cold: Some((0, 12)), ..Default::default() };
+            let options = match mode {
+                // Calibrated for the cold regions that were found.
+                SkipMode::FfnSkip | SkipMode::Cut => SkipOptions { cold: None, ..options },
+                _ => options,
+            };
+            let (blocks, bytes) = shares(&model, &team, &options, &ids);
+            let share = if mode == SkipMode::Cut { bytes } else { blocks };
+            // Whole layers out of twelve come no closer than half of one.
+            let slack = if matches!(mode, SkipMode::Static | SkipMode::ShortGpt) { 0.5 / 12.0 } else { 0.03 };
+            println!("{name} {ratio}: {blocks:.3} of blocks, {bytes:.3} of bytes");
+            assert!((share - f64::from(ratio)).abs() <= slack + 1e-6, "{name} {ratio}: {share}");
+        }
+    }
+}
+
+#[test]
+fn points_state_the_quality_that_was_measured() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (found, _) = calibrated(&mut model, &team, 1);
+    let cut: Vec<_> = found.points.iter().filter(|p| p.policy == "cut").collect();
+    assert!(cut.len() >= 5);
+    for pair in cut.windows(2) {
+        assert!(pair[0].kl <= pair[1].kl * 1.05 + 1e-4, "deeper cuts are further off: {pair:?}");
+        assert!(pair[0].bytes < pair[1].bytes);
+    }
+    let random = found.points.iter().find(|p| p.policy == "random").unwrap();
+    assert!(random.kl > cut[0].kl && random.blocks > 0.05);
+}
+
+// ---- the file
+
+fn write(calibration: &Calibration, facts: &ModelFacts) -> Vec<u8> {
+    calibration.write(facts, Vec::new()).unwrap()
+}
+
+fn read(bytes: &[u8], model: &Model) -> Result<Calibration, CalibrationError> {
+    let file = Gguf::parse(bytes).map_err(CalibrationError::Gguf)?;
+    Calibration::read(&file, bytes, &model.facts(), &model.weights().fingerprint())
+}
+
+#[test]
+fn a_file_gives_back_what_was_written() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (mut found, _) = calibrated(&mut model, &team, 1);
+    found.auto = Some(1);
+    let bytes = write(&found, &model.facts());
+    assert_eq!(read(&bytes, &model).unwrap(), found);
+
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("m.skip.gguf");
+    std::fs::write(&path, &bytes).unwrap();
+    assert_eq!(*model.load_calibration(&path).unwrap(), found);
+
+    // The same shapes with other weights are another model.
+    let other = ModelFile::llama(SHAPE, GgmlType::Q4_1).load().unwrap();
+    let error = other.load_calibration(&path).unwrap_err().to_string();
+    assert!(error.contains("m.skip.gguf") && error.contains("another model"), "{error}");
+    let shallow = ModelFile::llama(Shape { layers: 3, ..SHAPE }, GgmlType::Q8_0).load().unwrap();
+    let error = shallow.load_calibration(&path).unwrap_err().to_string();
+    assert!(error.contains("skip.model.layers 12") && error.contains("has 3"), "{error}");
+}
+
+#[test]
+fn broken_files_are_errors() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (found, _) = calibrated(&mut model, &team, 0);
+    let bytes = write(&found, &model.facts());
+    for end in 0..bytes.len() {
+        assert!(read(&bytes[..end], &model).is_err() || end + 64 > bytes.len(), "cut at {end}");
+    }
+    // A changed byte may give another valid file, and never a panic, a number out of range or another length.
+    let header = Gguf::parse(&bytes).unwrap().data_start as usize;
+    for at in (0..bytes.len()).filter(|at| *at < header || at % 97 == 0) {
+        for flip in [0x01, 0x80, 0xff] {
+            let mut broken = bytes.clone();
+            broken[at] ^= flip;
+            if let Ok(read) = read(&broken, &model) {
+                assert_eq!(read.cosines.len(), SHAPE.layers);
+                assert!(read.cold.0 <= read.cold.1 && read.cold.1 <= SHAPE.layers);
+                let options = SkipOptions { mode: SkipMode::Cut, ratio: Some(0.2), ..Default::default() };
+                if let Ok(mut policy) = options.policy(&model.facts(), Some(&read)) {
+                    policy.begin_token(100);
+                    assert!(matches!(policy.decide(0), Decision::Cut(c) if c.inputs >= 0.0));
+                }
+            }
+        }
+    }
+}
+
+/// The file's metadata with one entry changed.
+fn changed(bytes: &[u8], key: &str, value: Option<Value>) -> Vec<u8> {
+    let file = Gguf::parse(bytes).unwrap();
+    let mut builder = Builder::new();
+    for (k, v) in file.metadata.iter() {
+        match (&value, k == key) {
+            (Some(value), true) => builder.insert(k, value.clone()).unwrap(),
+            (None, true) => {}
+            _ => builder.insert(k, v.clone()).unwrap(),
+        }
+    }
+    for t in &file.tensors {
+        builder.tensor(&t.name, t.ty, &t.shape).unwrap();
+    }
+    let mut out = builder.start(Vec::new()).unwrap();
+    for t in &file.tensors {
+        out.write_tensor(&bytes[t.offset as usize..][..t.n_bytes as usize]).unwrap();
+    }
+    out.finish().unwrap()
+}
+
+#[test]
+fn wrong_keys_are_named() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (mut found, _) = calibrated(&mut model, &team, 0);
+    let bytes = write(&found, &model.facts());
+    let error = |key: &str, value: Option<Value>| {
+        read(&changed(&bytes, key, value), &model).expect_err(key).to_string()
+    };
+    let cases: [(&str, Value, &str); 12] = [
+        ("general.architecture", "llama".into(), "not a calibration file"),
+        ("skip.version", 9u32.into(), "skip.version 9"),
+        ("skip.model.ffn", 97u32.into(), "skip.model.ffn 97"),
+        ("skip.model.fingerprint", "0".into(), "another model"),
+        ("skip.cosine", vec![0.5f32; 11].into(), "11 entries, expected 12"),
+        ("skip.cosine", vec![1.5f32; 12].into(), "skip.cosine[0] is 1.5"),
+        ("skip.influence", vec![f32::NAN; 12].into(), "skip.influence[0] is NaN"),
+        ("skip.damage", vec![f32::INFINITY; 12].into(), "skip.damage[0] is inf"),
+        ("skip.cold.end", 13u32.into(), "skip.cold.end is 13"),
+        ("skip.cut.layer", vec![true; 2].into(), "2 entries, expected 12"),
+        ("skip.cut.ratio", vec![0.5f32, 0.4].into(), "no less than the entry before"),
+        ("skip.cut.strength", vec![1f32; 2].into(), "skip.cut.strength has 2 entries"),
+    ];
+    for (key, value, want) in cases {
+        let error = error(key, Some(value));
+        assert!(error.contains(want), "{key}: {error}");
+    }
+    assert!(error("skip.cold.start", None).contains("skip.cold.start"));
+    found.auto = Some(3);
+    let error = read(&write(&found, &model.facts()), &model).unwrap_err().to_string();
+    assert!(error.contains("skip.auto is 3"), "{error}");
+}
