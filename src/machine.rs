@@ -83,7 +83,7 @@ impl Machine {
             core_kinds: topology.kinds,
             cgroup_quota: topology.quota,
             default_threads: threads::default_threads(),
-            memory_nodes: topology.nodes.iter().map(|(_, cpus)| cpus.to_string()).collect(),
+            memory_nodes: topology.nodes.iter().map(|(node, cpus)| format!("{node}: CPUs {cpus}")).collect(),
             huge_pages: topology.huge_pages,
             memory: Memory::read(),
         }
