@@ -8,7 +8,7 @@ mod matmul;
 mod norm;
 mod rope;
 
-pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu};
+pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
 pub use norm::{add_rows, rms_norm};
 pub use rope::{RopeStyle, RopeTable};
 
