@@ -25,11 +25,12 @@ pub fn criterion() -> Criterion {
 
 const NAMES: [&str; 4] = ["kernels", "forward", "load", "skip"];
 
-/// Whether the benchmarks of `name` may be wanted. `cargo bench kernels` hands the word to all four programs, as a
-/// pattern; a program that is not the one meant has nothing to prepare.
+/// Whether the benchmarks of `name` may be wanted. `cargo bench kernels` (or `kernels/dot`) hands the word to all four
+/// programs, as a pattern; those that it does not mean have nothing to prepare.
 pub fn wanted(name: &str) -> bool {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    words.iter().any(|word| word == name) || !words.iter().any(|word| NAMES.contains(&word.as_str()))
+    let means = |name: &str| words.iter().any(|word| word.split(['/', ',']).next() == Some(name));
+    means(name) || !NAMES.iter().any(|name| means(name))
 }
 
 /// A group whose iterations are long: every sample has as many.
