@@ -136,6 +136,9 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], states: &
 }
 
 fn skip(criterion: &mut Criterion) {
+    if !common::wanted("skip") {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = common::write_synthetic(folder.path());
     model(criterion, "skip, synthetic 0.3B Q4_0", &Model::load(&path).unwrap());

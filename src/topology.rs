@@ -484,6 +484,10 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn this_machine_agrees_with_the_standard_library() {
         let topology = Topology::detect();
+        if topology.allowed.is_empty() || !Path::new("/sys/fs/cgroup").exists() {
+            println!("SKIPPED: a test that needs /proc and the files of cgroups");
+            return;
+        }
         let known = std::thread::available_parallelism().unwrap().get();
         let quota = topology.quota.map_or(usize::MAX, |quota| (quota.floor() as usize).max(1));
         assert_eq!(topology.allowed.len().min(quota), known, "{topology:?}");

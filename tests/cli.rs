@@ -171,7 +171,9 @@ fn info_describes_the_machine_and_a_file_that_cannot_run() {
     assert!(kernels.iter().any(|k| k["kernel"] == "scalar" && k["available"] == true));
     let machine = &info["machine"];
     assert!(machine["physical_cores"].as_u64() >= Some(1) && machine["allowed_cpus"].is_string(), "{info}");
-    assert!(machine["core_kinds"][0]["cores"].as_u64() >= Some(1), "{info}");
+    if cfg!(target_os = "linux") {
+        assert!(machine["core_kinds"][0]["cores"].as_u64() >= Some(1), "{info}");
+    }
 
     let dir = tempfile::tempdir().unwrap();
     let path = vocabulary(dir.path());
@@ -444,7 +446,8 @@ fn threads_and_memory_change_no_text() {
     let model = runnable(dir.path());
     let text = run_raw(&model, &["-t", "1"]).ok();
     let first = skiff::topology::Topology::detect().allowed.iter().next().unwrap_or(0);
-    let (mask, range) = (format!("{:x}", 1u128 << first), format!("{first}-{first}"));
+    let mask = format!("{:x}{}", 1 << (first % 4), "0".repeat(first / 4));
+    let range = format!("{first}-{first}");
     for flags in [
         &["--no-mmap"][..],
         &["-t", "1", "--threads-batch", "3"],
@@ -484,7 +487,9 @@ fn mlock_locks_or_says_why_not() {
     let dir = tempfile::tempdir().unwrap();
     let model = runnable(dir.path());
     let command = format!(
-        "ulimit -l 64 && exec setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock {} run -m {} -n 2 --raw --mlock hi",
+        "ulimit -l 64 || exit; drop='setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock'
+         test $(id -u) = 0 || drop=
+         exec $drop '{}' run -m '{}' -n 2 --raw --mlock hi",
         env!("CARGO_BIN_EXE_skiff"),
         as_str(&model)
     );

