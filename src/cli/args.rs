@@ -374,17 +374,13 @@ impl DraftArgs {
         let skips = skip.skip != SkipMode::Off;
         let usage = |message: &str| Err(Failure::Usage(message.into()));
         match mode {
-            DraftMode::Skip if !skips => {
-                return usage("--draft skip: name the policy that drafts with --skip");
-            }
+            DraftMode::Skip if !skips => usage("--draft skip: name the policy that drafts with --skip"),
             DraftMode::Lookup if skips => {
-                return usage("--draft lookup: the text is the full model's, so --skip would have no effect");
+                usage("--draft lookup: the text is the full model's, so --skip would have no effect")
             }
-            DraftMode::Skip if skip.skip_prefill => {
-                return usage(
-                    "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
-                );
-            }
+            DraftMode::Skip if skip.skip_prefill => usage(
+                "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
+            ),
             _ => Ok(DraftOptions { mode, max: self.draft_tokens, adaptive: !self.draft_fixed }),
         }
     }
