@@ -330,6 +330,8 @@ pub struct PackScratch {
     q: Vec<u8>,
     scale: Vec<f32>,
     min: Vec<f32>,
+    /// `[SPAN][TILE]`: the codes of a tile, column by column.
+    turned: Vec<u8>,
 }
 
 /// Writes span `span` of strip `strip` of `matrix` to `bytes`, which were zero; `heads` are those of the strip.
@@ -349,36 +351,62 @@ pub fn pack(
     let width = layout.width(strip);
     let cols = span * SPAN..((span + 1) * SPAN).min(layout.cols);
     let (n, groups) = (cols.len(), cols.len() / layout.group_len());
+    let outputs = layout.outputs_of(strip);
     s.q.resize(n.max(SPAN), 0);
     s.scale.resize(groups.max(SPAN), 0.0);
     s.min.resize(groups.max(SPAN), 0.0);
-    let (scales, group_bytes) = (layout.scale_bytes(width), layout.group_bytes(width));
-    let (low_bytes, column_bytes) = (layout.parts(width).0, layout.column_bytes(width));
-    let indices = iq4_indices();
-    for (o, row) in layout.outputs_of(strip).enumerate() {
-        let row = &matrix.row(row)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
-        let (q, scale, min) = (&mut s.q[..n], &mut s.scale[..groups], &mut s.min[..groups]);
-        unpack_row(ty, row, q, scale, min);
-        let head = |which: usize| heads[which * width + o];
-        let code = |v: f32, which: usize| (v / head(which) + head(which + 1)).round_ties_even() as u8;
-        let [(low, shift), (high, bit)] = ColumnLayout::place(layout.codes(), width, low_bytes, o);
-        for (g, q) in q.chunks_exact(layout.group_len()).enumerate() {
-            let group = &mut bytes[g * group_bytes..][..group_bytes];
-            group[o] = code(scale[g], 0);
-            if has_min(ty) {
-                group[width + o] = code(min[g], 2);
-            }
-            let columns = group[scales..].chunks_exact_mut(column_bytes).zip(q);
-            match layout.codes() {
-                Codes::Bytes => columns.for_each(|(column, q)| column[low] = *q),
-                Codes::Table => {
-                    columns.for_each(|(column, q)| column[low] |= indices[usize::from(*q)] << shift);
+    s.turned.resize(TILE * SPAN, 0);
+    for tile in 0..width.div_ceil(TILE) {
+        let first = tile * TILE;
+        s.turned.fill(0);
+        for o in first..(first + TILE).min(outputs.len()) {
+            let row = &matrix.row(outputs.start + o)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
+            let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
+            unpack_row(ty, row, &mut s.q[..n], scale, min);
+            let head = |which: usize| heads[which * width + o];
+            let code = |v: f32, which: usize| (v / head(which) + head(which + 1)).round_ties_even() as u8;
+            for (g, group) in bytes.chunks_exact_mut(layout.group_bytes(width)).take(groups).enumerate() {
+                group[o] = code(scale[g], 0);
+                if has_min(ty) {
+                    group[width + o] = code(min[g], 2);
                 }
-                Codes::Nibbles { high: 0 } => columns.for_each(|(column, q)| column[low] |= q << shift),
-                Codes::Nibbles { .. } => columns.for_each(|(column, q)| {
-                    column[low] |= (q & 15) << shift;
-                    column[high] |= (q >> 4) << bit;
-                }),
+            }
+            let places = s.turned.chunks_exact_mut(TILE).zip(&s.q[..n]);
+            places.for_each(|(column, q)| column[o - first] = *q);
+        }
+        pack_tile(layout, width, tile, &s.turned[..n * TILE], bytes);
+    }
+}
+
+/// Writes the codes of a tile, `[cols][TILE]`, to the groups of a span.
+fn pack_tile(layout: &ColumnLayout, width: usize, tile: usize, codes: &[u8], bytes: &mut [u8]) {
+    let (group_bytes, column_bytes) = (layout.group_bytes(width), layout.column_bytes(width));
+    let (low_bytes, here) = (layout.parts(width).0, (width - tile * TILE).min(TILE));
+    let indices = iq4_indices();
+    for (c, column) in codes.chunks_exact(TILE).enumerate() {
+        let (group, in_group) = (c / layout.group_len(), c % layout.group_len());
+        let at = group * group_bytes + layout.scale_bytes(width) + in_group * column_bytes;
+        let to = &mut bytes[at..][..column_bytes];
+        // The codes of four outputs at a time: their bytes lie together in every place.
+        for (i, four) in column[..here].as_chunks::<4>().0.iter().enumerate() {
+            let four = match layout.codes() {
+                Codes::Table => four.map(|q| indices[usize::from(q)]),
+                _ => *four,
+            };
+            let [(low, shift), (high, bit)] =
+                ColumnLayout::place(layout.codes(), width, low_bytes, tile * TILE + 4 * i);
+            let mut add = |at: usize, v: u32| {
+                let place: &mut [u8; 4] = to[at..].first_chunk_mut().expect("four bytes");
+                *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
+            };
+            let codes = u32::from_le_bytes(four);
+            match layout.codes() {
+                Codes::Bytes => add(low, codes),
+                Codes::Nibbles { high: 1.. } => {
+                    add(low, (codes & 0x0f0f_0f0f) << shift);
+                    add(high, (codes >> 4 & 0x0f0f_0f0f) << bit);
+                }
+                _ => add(low, codes << shift),
             }
         }
     }
