@@ -256,6 +256,9 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants:
 }
 
 fn skip(criterion: &mut Criterion) {
+    if !common::wanted("skip") {
+        return;
+    }
     let named = std::env::var_os("SKIFF_BENCH_MODELS");
     if let Some(paths) = &named {
         for path in std::env::split_paths(paths) {

@@ -2,10 +2,14 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
 
+use super::generate::progress_bar;
 use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
@@ -15,9 +19,12 @@ use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
-use crate::session::{DraftMode, DraftOptions, Engine, MAX_DRAFT, SessionOptions};
+use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
 use crate::skip::{Calibration, Point, SkipMode, SkipOptions};
+use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
+use crate::topology::CpuSet;
+use crate::weights::LoadOptions;
 
 /// Which model.
 #[derive(Args)]
@@ -40,8 +47,15 @@ pub(super) struct EngineArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Threads [default: the physical cores that this process may use]
-    #[arg(short, long, value_name = "N", help_heading = "Model", value_parser = in_range(1, 1024))]
+    #[arg(short, long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
     pub threads: Option<usize>,
+    /// Threads for prompts [default: as many as for generation]
+    #[arg(long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
+    pub threads_batch: Option<usize>,
+    #[command(flatten)]
+    pub cpus: CpuArgs,
+    #[command(flatten)]
+    pub load: LoadArgs,
     /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
     #[arg(long, value_name = "NAME", help_heading = "Model", value_parser = kernel_names())]
     pub kernel: Option<String>,
@@ -52,7 +66,91 @@ pub(super) struct EngineArgs {
 
 impl EngineArgs {
     pub fn load(&self) -> Result<Engine, Failure> {
-        Ok(Engine::load(&self.model.resolve()?, self.threads, self.kernel.as_deref())?)
+        let path = self.model.resolve()?;
+        self.cpus.keep()?;
+        let options = EngineOptions {
+            threads: self.threads,
+            threads_batch: self.threads_batch,
+            pinned: self.cpus.cpu_strict,
+            kernel: self.kernel.clone(),
+            load: self.load.options(),
+        };
+        let bar = LoadBar::default();
+        let engine = Engine::load_with(&path, options, &|done, total| bar.tell(done, total))?;
+        bar.finish();
+        Ok(engine)
+    }
+}
+
+/// Which CPUs the threads use.
+#[derive(Args)]
+#[command(next_help_heading = "Threads")]
+pub(super) struct CpuArgs {
+    /// CPUs to use, as a hexadecimal mask; bit 0 is CPU 0
+    #[arg(short = 'C', long, value_name = "HEX", value_parser = CpuSet::from_mask)]
+    cpu_mask: Option<CpuSet>,
+    /// CPUs to use, both included
+    #[arg(long, value_name = "LO-HI", allow_hyphen_values = true, value_parser = CpuSet::from_range, conflicts_with = "cpu_mask")]
+    cpu_range: Option<CpuSet>,
+    /// Keep each thread on one CPU, instead of letting the system move them
+    #[arg(long)]
+    pub cpu_strict: bool,
+}
+
+impl CpuArgs {
+    /// Keeps this thread, and those to come, on the CPUs asked for. Before threads are counted or started.
+    pub fn keep(&self) -> Outcome {
+        match self.cpu_mask.as_ref().or(self.cpu_range.as_ref()) {
+            Some(cpus) => Ok(keep_on(cpus)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How the weights come to memory.
+#[derive(Args)]
+#[command(next_help_heading = "Memory")]
+pub(super) struct LoadArgs {
+    /// Keep weights and cache in memory; the system may need to be asked for more (ulimit -l)
+    #[arg(long)]
+    mlock: bool,
+    /// Read the file into memory of our own in huge pages, instead of using the page cache
+    #[arg(long)]
+    no_mmap: bool,
+}
+
+impl LoadArgs {
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions { no_mmap: self.no_mmap, mlock: self.mlock }
+    }
+}
+
+/// A bar for a load that takes long enough to be looked at.
+#[derive(Default)]
+pub(super) struct LoadBar {
+    started: OnceLock<Instant>,
+    bar: OnceLock<ProgressBar>,
+}
+
+/// What is read in less flickers by.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl LoadBar {
+    /// So many bytes are in memory.
+    pub fn tell(&self, done: u64, total: u64) {
+        if self.started.get_or_init(Instant::now).elapsed() < PATIENCE {
+            return;
+        }
+        let template = "load {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        let bar = self.bar.get_or_init(|| progress_bar(total as usize, template, false));
+        bar.set_position(done);
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -276,17 +374,13 @@ impl DraftArgs {
         let skips = skip.skip != SkipMode::Off;
         let usage = |message: &str| Err(Failure::Usage(message.into()));
         match mode {
-            DraftMode::Skip if !skips => {
-                return usage("--draft skip: name the policy that drafts with --skip");
-            }
+            DraftMode::Skip if !skips => usage("--draft skip: name the policy that drafts with --skip"),
             DraftMode::Lookup if skips => {
-                return usage("--draft lookup: the text is the full model's, so --skip would have no effect");
+                usage("--draft lookup: the text is the full model's, so --skip would have no effect")
             }
-            DraftMode::Skip if skip.skip_prefill => {
-                return usage(
-                    "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
-                );
-            }
+            DraftMode::Skip if skip.skip_prefill => usage(
+                "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
+            ),
             _ => Ok(DraftOptions { mode, max: self.draft_tokens, adaptive: !self.draft_fixed }),
         }
     }

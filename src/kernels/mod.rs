@@ -27,6 +27,7 @@ pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod layout;
+mod peak;
 mod scalar;
 #[cfg(test)]
 mod tests;

@@ -5,11 +5,13 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::Config;
+use super::{Config, ModelError};
 use crate::gguf::GgmlType;
 use crate::kernels::Kernels;
+use crate::memory::Pages;
 use crate::ops::attention::CacheTile;
 use crate::quant;
+use crate::weights::{interleave, locked};
 
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,12 +40,13 @@ pub(super) struct Store {
 }
 
 enum Data {
-    F16(Vec<u16>),
-    Q8(Vec<u8>),
+    F16(Pages<u16>),
+    Q8(Pages<u8>),
 }
 
 impl KvCache {
-    /// An empty cache. Memory is taken from the system as positions are written.
+    /// An empty cache. Memory is taken from the system as positions are written, in huge pages: with more than a few
+    /// heads that is soon all of it.
     pub fn new(config: &Config, context: usize, kind: KvType) -> Self {
         // q8_0 needs whole blocks in a head.
         let kind = if config.head_dim.is_multiple_of(32) { kind } else { KvType::F16 };
@@ -71,6 +74,17 @@ impl KvCache {
         2 * self.layers.len() * self.kv_heads * self.context * head
     }
 
+    /// Keeps the cache in memory (`--mlock`).
+    pub fn lock(&mut self) -> Result<(), ModelError> {
+        let bytes = self.bytes();
+        let stores = self.layers.iter_mut().flat_map(|(k, v)| [k, v]);
+        let mut outcomes = stores.map(|store| match &mut store.data {
+            Data::F16(pages) => pages.lock(),
+            Data::Q8(pages) => pages.lock(),
+        });
+        Ok(locked("the key/value cache", bytes, outcomes.try_for_each(|outcome| outcome))?)
+    }
+
     /// The keys of `layer` at `position`, heads concatenated, `[kv_heads * head_dim]`, rotated as attention uses them.
     pub fn keys(&self, kernels: Kernels, layer: usize, position: usize) -> Vec<f32> {
         let mut keys = vec![0.0; self.kv_heads * self.head_dim];
@@ -92,10 +106,14 @@ impl KvCache {
 impl Store {
     fn new(kv_heads: usize, context: usize, head_dim: usize, kind: KvType) -> Self {
         let numbers = kv_heads * context * head_dim;
-        let data = match kind {
-            KvType::F16 => Data::F16(vec![0; numbers]),
-            KvType::Q8_0 => Data::Q8(vec![0; GgmlType::Q8_0.row_bytes(numbers)]),
+        let mut data = match kind {
+            KvType::F16 => Data::F16(Pages::zeroed(numbers)),
+            KvType::Q8_0 => Data::Q8(Pages::zeroed(GgmlType::Q8_0.row_bytes(numbers))),
         };
+        match &mut data {
+            Data::F16(pages) => interleave(bytemuck::cast_slice_mut(pages)),
+            Data::Q8(pages) => interleave(pages),
+        }
         Self { context, head_dim, data }
     }
 

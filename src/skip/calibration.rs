@@ -300,8 +300,10 @@ impl CutPlan {
     }
 }
 
-/// The numbers of a point, by the end of their key.
-const POINT_FIELDS: [(&str, fn(&mut Point) -> &mut f32); 6] = [
+/// A number of a point: the end of its key, and where it is.
+type PointField = (&'static str, fn(&mut Point) -> &mut f32);
+
+const POINT_FIELDS: [PointField; 6] = [
     ("ratio", |p| &mut p.ratio),
     ("blocks", |p| &mut p.blocks),
     ("bytes", |p| &mut p.bytes),
