@@ -158,7 +158,8 @@ impl Model {
     /// # Errors
     /// It cannot be read, is malformed, or was made for another model.
     pub fn load_calibration(&self, path: &Path) -> Result<&Calibration, ModelError> {
-        let wrong = |error| ModelError::Calibration { name: path.display().to_string(), error };
+        let wrong =
+            |error| ModelError::Calibration { name: path.display().to_string(), error: Box::new(error) };
         let file = Weights::open(path)?;
         let read = Calibration::read(file.gguf(), file.bytes(), &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))
@@ -166,7 +167,7 @@ impl Model {
 
     /// Reads a calibration file from memory; `name` is for errors.
     pub fn read_calibration(&self, name: &str, bytes: &[u8]) -> Result<&Calibration, ModelError> {
-        let wrong = |error| ModelError::Calibration { name: name.into(), error };
+        let wrong = |error| ModelError::Calibration { name: name.into(), error: Box::new(error) };
         let file = Gguf::parse(bytes).map_err(|error| wrong(CalibrationError::Gguf(error)))?;
         let read = Calibration::read(&file, bytes, &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))
