@@ -18,6 +18,11 @@ pub const GEMM_ROWS: usize = 17;
 const MIN_CHUNK: usize = 16;
 /// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
 const CHUNKS_A_THREAD: usize = 6;
+/// The least for small matrices: another thread may have had the chunk before, so that nobody has
+/// fetched the beginning of this one.
+const LEAST_CHUNKS_A_THREAD: usize = 2;
+/// Weight bytes beside which the beginning of a chunk does not count.
+const FEW_BYTES: usize = 96 << 10;
 /// Weight bytes of a chunk that several rows of activations go over one after the other: they stay in
 /// the L2 cache.
 const CACHED_BYTES: usize = 128 << 10;
@@ -55,7 +60,9 @@ fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> us
     if x.rows >= GEMM_ROWS {
         return PANEL_ROWS;
     }
-    let fair = outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD);
+    let shared_by = |chunks| outputs.div_ceil(on.team.threads() * chunks);
+    let fair = (FEW_BYTES / w.row_bytes().max(1))
+        .clamp(shared_by(CHUNKS_A_THREAD), shared_by(LEAST_CHUNKS_A_THREAD));
     let cached = if x.rows == 1 { usize::MAX } else { CACHED_BYTES / w.row_bytes().max(1) };
     fair.min(cached).next_multiple_of(4).max(MIN_CHUNK)
 }
