@@ -232,12 +232,24 @@ fn for_rows(
     queries.zip(scores.chunks_exact_mut(TILE)).for_each(|(q, scores)| f(q, scores));
 }
 
+/// The greatest number, several lanes at a time.
+fn max(x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for x in chunks {
+        for (max, x) in lanes.iter_mut().zip(x) {
+            *max = if x > max { *x } else { *max };
+        }
+    }
+    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, x| max.max(*x))
+}
+
 /// Turns scores into weights relative to the running maximum, and rescales what was summed before.
 fn softmax_step(kernels: Kernels, scores: &mut [f32], running: &mut (f32, f32), out: &mut [f32]) {
     if scores.is_empty() {
         return;
     }
-    let max = scores.iter().fold(running.0, |m, &s| m.max(s));
+    let max = max(scores).max(running.0);
     let before = if running.0 == max { 1.0 } else { (running.0 - max).exp() };
     if before != 1.0 {
         out.iter_mut().for_each(|o| *o *= before);
