@@ -88,7 +88,7 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let kernels = Kernels::select(args.kernel.as_deref())?;
     let mut model = Model::load(&args.model.resolve()?)?;
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
-    check_cache(model.config(), "a test of so many tokens:", longest)?;
+    check_cache(model.config(), "a test of so many tokens:", longest, args.kv)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let team = Team::new(threads[0]).map_err(ModelError::from)?;
     let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;

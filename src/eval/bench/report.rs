@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Run;
 use crate::machine::Machine;
-use crate::model::{KvType, Model};
+use crate::model::Model;
 
 /// One test. Speeds are tokens a second, `gbps` is 1e9 bytes a second.
 ///
@@ -92,10 +92,7 @@ impl Report {
         let read = model.decode_bytes() as f64 - model.ffn_bytes() as f64 * stats.weighted_share(ffn_bytes);
         let weight_gbps = (run.test.generate > 0).then_some(read * median_ts / 1e9);
         let sweep_gbps = (!run.sweeps.is_empty()).then(|| median(&run.sweeps) / 1e9);
-        let kv = match run.state.kv().kind() {
-            KvType::F16 => "f16",
-            KvType::Q8_0 => "q8_0",
-        };
+        let kv = run.state.kv().kind().name();
         Self {
             build_commit: concat!("skiff-", env!("CARGO_PKG_VERSION")),
             cpu_info: Machine::detect().cpu.unwrap_or_default(),
