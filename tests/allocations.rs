@@ -108,7 +108,7 @@ fn decoding_allocates_nothing() {
             let all_here = Barrier::new(threads);
             team.run(threads, |_, _| _ = all_here.wait());
             for kernels in Kernels::available().filter(|k| k.name() != "scalar" || threads == 1) {
-                for kv in [KvType::F16, KvType::Q8_0] {
+                for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
                     let cut = CutAll(Cut { inputs: 0.3, inner: 0.1 });
                     let policies: [Box<dyn SkipPolicy>; 3] = [Box::new(Never), Box::new(skip), Box::new(cut)];

@@ -64,7 +64,7 @@ fn tokens_of_a_step_are_computed_as_if_alone() {
         for shape in [WIDE, GROUPED] {
             let model = ModelFile::llama(shape, ty).load().unwrap();
             for kernels in Kernels::available() {
-                for (threads, kv) in [(1, KvType::F16), (3, KvType::Q8_0)] {
+                for (threads, kv) in [(1, KvType::F16), (3, KvType::Q8_0), (2, KvType::F32)] {
                     let team = Team::new(threads).unwrap();
                     let on = Compute { team: &team, kernels };
                     // The last step crosses into another tile of attention.

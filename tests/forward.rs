@@ -194,7 +194,7 @@ fn threads_do_not_change_a_bit() {
     for model in [&small(GgmlType::F16), quantised()] {
         let ids = ids(33, model.config().vocab);
         for kernels in Kernels::available() {
-            for kv in [KvType::F16, KvType::Q8_0] {
+            for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
                 for batches in [&[512][..], &[1], &[7]] {
                     let run = |threads| Run { kernels, threads, batches, kv, ..Run::new(model) }.logits(&ids);
                     let one = bits(&run(1));
@@ -217,6 +217,21 @@ fn a_cache_of_8_bits_is_close() {
         let distance = mean_distance(&q8, &full);
         // Not equal: the option must do something. Close: 8 bits in blocks of 32 are 0.4 % of the largest.
         assert!((1e-4..0.1).contains(&distance), "{batches:?}: {distance}");
+    }
+}
+
+/// One in f32 is nearer to the exact logits than one in f16, by far.
+#[test]
+fn a_cache_in_f32_rounds_nothing() {
+    let model = small(GgmlType::F32);
+    let ids = ids(40, model.config().vocab);
+    for batches in [&[512][..], &[1]] {
+        let with = |kv| Run { kv, batches, ..Run::new(&model) }.logits(&ids);
+        // The scalar kernel sums in another order.
+        let scalar = Kernels::select(Some("scalar")).unwrap();
+        let exact = Run { kv: KvType::F32, kernels: scalar, ..Run::new(&model) }.logits(&ids);
+        let [f32s, f16s] = [KvType::F32, KvType::F16].map(|kv| distance(&with(kv), &exact));
+        assert!(f32s < 1e-5 && f16s > 1e-4, "{batches:?}: {f32s} in f32, {f16s} in f16");
     }
 }
 
@@ -269,7 +284,7 @@ fn a_truncated_sequence_continues_like_a_fresh_one() {
     let ids = ids(30, model.config().vocab);
     let team = Team::new(2).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    for kv in [KvType::F16, KvType::Q8_0] {
+    for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
         let fresh = || State::new(model, &team, (64, 64), kv, Box::new(Never));
         let mut state = fresh();
         step(model, on, &mut state, &ids[..20], FfnStep::Full);
@@ -295,9 +310,12 @@ fn a_context_shift_equals_a_fresh_evaluation_for_one_layer() {
     yarn.set_key("llama.rope.scaling.type", "yarn");
     yarn.set_key("llama.rope.scaling.factor", 4f32);
     let plain = ModelFile::llama(Shape { layers: 1, ..WIDE }, GgmlType::F16);
-    for (file, kv, tolerance) in
-        [(&plain, KvType::F16, 5e-3), (&yarn, KvType::F16, 5e-3), (&plain, KvType::Q8_0, 0.1)]
-    {
+    for (file, kv, tolerance) in [
+        (&plain, KvType::F32, 1e-4),
+        (&plain, KvType::F16, 5e-3),
+        (&yarn, KvType::F16, 5e-3),
+        (&plain, KvType::Q8_0, 0.1),
+    ] {
         let model = file.load().unwrap();
         let team = Team::new(2).unwrap();
         let on = Compute { team: &team, kernels: best() };

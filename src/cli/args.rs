@@ -13,7 +13,7 @@ use super::generate::progress_bar;
 use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
-use crate::model::{Config, KvType, Model};
+use crate::model::{Config, KvCache, KvType, Model};
 use crate::ops::Compute;
 use crate::pull;
 use crate::sampler::{
@@ -59,7 +59,7 @@ pub(super) struct EngineArgs {
     /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
     #[arg(long, value_name = "NAME", help_heading = "Model", value_parser = kernel_names())]
     pub kernel: Option<String>,
-    /// How keys and values are kept; q8_0 takes 53 % of the memory
+    /// How keys and values are kept: q8_0 takes 53 % of f16's memory, f32 twice of it
     #[arg(long, value_name = "TYPE", help_heading = "Model", value_enum, default_value_t = KvArg::F16)]
     pub kv: KvArg,
 }
@@ -169,6 +169,8 @@ pub(super) fn in_range(low: usize, high: usize) -> impl Fn(&str) -> Result<usize
 /// `--kv`
 #[derive(Clone, Copy, ValueEnum)]
 pub(super) enum KvArg {
+    #[value(name = "f32")]
+    F32,
     #[value(name = "f16")]
     F16,
     #[value(name = "q8_0")]
@@ -178,6 +180,7 @@ pub(super) enum KvArg {
 impl From<KvArg> for KvType {
     fn from(kv: KvArg) -> Self {
         match kv {
+            KvArg::F32 => KvType::F32,
             KvArg::F16 => KvType::F16,
             KvArg::Q8_0 => KvType::Q8_0,
         }
@@ -218,21 +221,20 @@ impl ContextArgs {
             draft: draft.options(skip)?,
         };
         if let Some(context) = self.context {
-            check_context(engine, context)?;
+            check_context(engine, context, kv)?;
         }
         Ok(options)
     }
 }
 
 /// Refuses a context that this machine cannot hold.
-pub(super) fn check_context(engine: &Engine, context: usize) -> Result<(), Failure> {
-    check_cache(engine.model().config(), "-c", context)
+pub(super) fn check_context(engine: &Engine, context: usize, kv: KvArg) -> Result<(), Failure> {
+    check_cache(engine.model().config(), "-c", context, kv)
 }
 
 /// Refuses a cache that this machine cannot hold: allocating it would end the process. `flag` asked for it.
-pub(super) fn check_cache(config: &Config, flag: &str, context: usize) -> Result<(), Failure> {
-    let needed = [2, 2, config.layers, config.kv_dim(), context];
-    let needed = needed.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
+pub(super) fn check_cache(config: &Config, flag: &str, context: usize, kv: KvArg) -> Result<(), Failure> {
+    let needed = KvCache::bytes_needed(config, context, kv.into());
     let available = Memory::read().map_or(u64::MAX, |m| m.total);
     if needed.is_none_or(|needed| needed > available) {
         let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);

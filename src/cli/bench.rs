@@ -104,7 +104,7 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let mut model = Model::load_with(&path, args.load.options(), &|done, total| loading.tell(done, total))?;
     loading.finish();
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
-    check_cache(model.config(), "a test of so many tokens:", longest)?;
+    check_cache(model.config(), "a test of so many tokens:", longest, args.kv)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let team = Team::new(threads[0]).map_err(ModelError::from)?;
     let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;

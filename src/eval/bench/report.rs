@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Run;
 use crate::machine::Machine;
-use crate::model::{KvType, Model};
+use crate::model::Model;
 
 /// One test. Speeds are tokens a second, `gbps` is 1e9 bytes a second.
 ///
@@ -100,10 +100,7 @@ impl Report {
         let sweep_gbps = (!run.sweeps.is_empty()).then(|| median(&run.sweeps) / 1e9);
         let peak_tops = (!run.peaks.is_empty()).then(|| median(&run.peaks) / 1e12);
         let tops = (run.test.prompt > 0).then(|| operations(run) * median_ts / tokens / 1e12);
-        let kv = match run.state.kv().kind() {
-            KvType::F16 => "f16",
-            KvType::Q8_0 => "q8_0",
-        };
+        let kv = run.state.kv().kind().name();
         Self {
             build_commit: concat!("skiff-", env!("CARGO_PKG_VERSION")),
             build_number: 0,
