@@ -311,7 +311,7 @@ impl SkipArgs {
         if options.mode == SkipMode::Auto {
             model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
         }
-        model.prepare_skip(on, &options, |_, _| {})?;
+        prepare(model, on, &options)?;
         Ok(options)
     }
 
@@ -335,6 +335,23 @@ impl SkipArgs {
 /// Where the calibration file of the model at `path` is looked for: `model.skip.gguf` for `model.gguf`.
 pub(super) fn calibration_path(path: &Path) -> PathBuf {
     path.with_extension("skip.gguf")
+}
+
+/// Makes the model ready for the options, and says what time and memory that took.
+fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome {
+    let started = Instant::now();
+    let bar = progress_bar(model.config().layers, "skip: FFNs by columns {wide_bar} {pos}/{len}", false);
+    let prepared = model.prepare_skip(on, options, |done, _| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    prepared?;
+    let (bytes, seconds) = (model.column_bytes() as f64, started.elapsed().as_secs_f64());
+    if bytes > 0.0 {
+        note(&format!(
+            "skip: FFNs laid out by columns in {seconds:.1} s, {:.2} GB of memory more",
+            bytes / 1e9
+        ));
+    }
+    Ok(())
 }
 
 /// Says what `--skip auto` does, and how good it was found to be.
