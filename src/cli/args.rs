@@ -20,7 +20,7 @@ use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
 use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
-use crate::skip::{Calibration, Point, SkipMode, SkipOptions};
+use crate::skip::{BUILT_IN, Calibration, Point, SkipMode, SkipOptions};
 use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
 use crate::topology::CpuSet;
@@ -307,13 +307,13 @@ impl SkipArgs {
         self.calibrate(model)?;
         model.policy(&options).map_err(Failure::usage)?;
         if options.mode == SkipMode::Auto {
-            model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
+            announce(model.calibration().and_then(Calibration::auto_point));
         }
         model.prepare_skip(on, &options, |_, _| {})?;
         Ok(options)
     }
 
-    /// Reads the calibration file that was named, or the one beside the model.
+    /// Reads the calibration file that was named, or the one beside the model, or what is built in for it.
     fn calibrate(&self, model: &Model) -> Outcome {
         if let Some(path) = &self.skip_file {
             model.load_calibration(path)?;
@@ -326,6 +326,10 @@ impl SkipArgs {
                 Err(error) => note(&format!("warning: {error}")),
             }
         }
+        if self.skip != SkipMode::Off && model.calibration().is_none() {
+            // Those of other models do not fit.
+            let _ = BUILT_IN.iter().find(|(name, bytes)| model.read_calibration(name, bytes).is_ok());
+        }
         Ok(())
     }
 }
@@ -336,7 +340,10 @@ pub(super) fn calibration_path(path: &Path) -> PathBuf {
 }
 
 /// Says what `--skip auto` does, and how good it was found to be.
-fn announce(point: &Point) {
+fn announce(point: Option<&Point>) {
+    let Some(point) = point else {
+        return note("skip auto: the calibration has no setting that is good enough; running in full");
+    };
     note(&format!(
         "skip auto: {} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
         point.policy,
