@@ -375,6 +375,19 @@ fn a_long_chat_forgets_its_oldest_turns() {
     assert!(outcome.stderr.contains("oldest turn was forgotten"), "{outcome:?}");
 }
 
+/// The default model's calibration is built in: `auto` works at once, and says what was measured.
+#[test]
+fn skip_auto_works_from_the_first_run() {
+    let Some(path) = common::smollm2() else { return };
+    let always = ["run", "-m", as_str(&path), "--raw", "--temp", "0", "-n", "40", "--ignore-eos"];
+    let outcome = skiff(&[&always[..], &["--skip", "auto", "Once upon a time"]].concat());
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let announced = outcome.stderr.lines().find(|line| line.starts_with("skip auto: cut at ratio"));
+    assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
+    let static_ = skiff(&[&always[..], &["--skip", "static", "--skip-ratio", "0.1", "Once"]].concat());
+    assert_eq!(static_.code, Some(0), "{static_:?}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_reader_that_leaves_ends_it_quietly() {

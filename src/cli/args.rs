@@ -20,7 +20,7 @@ use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
 use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
-use crate::skip::{Calibration, Point, SkipMode, SkipOptions};
+use crate::skip::{BUILT_IN, Calibration, Point, SkipMode, SkipOptions};
 use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
 use crate::topology::CpuSet;
@@ -309,13 +309,13 @@ impl SkipArgs {
         self.calibrate(model)?;
         model.policy(&options).map_err(Failure::usage)?;
         if options.mode == SkipMode::Auto {
-            model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
+            announce(model.calibration().and_then(Calibration::auto_point));
         }
         prepare(model, on, &options)?;
         Ok(options)
     }
 
-    /// Reads the calibration file that was named, or the one beside the model.
+    /// Reads the calibration file that was named, or the one beside the model, or what is built in for it.
     fn calibrate(&self, model: &Model) -> Outcome {
         if let Some(path) = &self.skip_file {
             model.load_calibration(path)?;
@@ -327,6 +327,10 @@ impl SkipArgs {
                 Ok(_) => {}
                 Err(error) => note(&format!("warning: {error}")),
             }
+        }
+        if self.skip != SkipMode::Off && model.calibration().is_none() {
+            // Those of other models do not fit.
+            let _ = BUILT_IN.iter().find(|(name, bytes)| model.read_calibration(name, bytes).is_ok());
         }
         Ok(())
     }
@@ -355,7 +359,10 @@ fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome
 }
 
 /// Says what `--skip auto` does, and how good it was found to be.
-fn announce(point: &Point) {
+fn announce(point: Option<&Point>) {
+    let Some(point) = point else {
+        return note("skip auto: the calibration has no setting that is good enough; running in full");
+    };
     note(&format!(
         "skip auto: {} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
         point.policy,

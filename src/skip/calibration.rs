@@ -1,6 +1,6 @@
 //! What a calibration run has learnt about a model, and its form in a `.skip.gguf` file.
 //!
-//! The keys are documented in docs/skip-file.md. A file is hostile until [`Calibration::read`] has returned:
+//! The keys are documented in docs/skipping.md. A file is hostile until [`Calibration::read`] has returned:
 //! every length is checked against the model's shape and every number against its range.
 
 use std::io;
