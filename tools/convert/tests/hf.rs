@@ -187,6 +187,43 @@ fn what_is_missing_or_foreign_is_named() {
     edit("model.safetensors.index.json", "model-00001", "../model-00001", "no file of this directory");
 }
 
+#[test]
+fn the_card_and_the_name_tell_who_made_it() {
+    let folder = copy("llama");
+    let card = "---\nlicense: mit\nlanguage:\n- en\n- de\ntags: [tiny]\npipeline_tag: text-generation\n\
+        base_model: some-org/Base-1B-v2\n---\n# Text\n";
+    std::fs::write(folder.path().join("README.md"), card).unwrap();
+    let dir = folder.path().join("Tiny-Llama-3.1-Instruct");
+    std::fs::create_dir(&dir).unwrap();
+    for entry in std::fs::read_dir(folder.path()).unwrap().map(Result::unwrap) {
+        if entry.file_type().unwrap().is_file() {
+            std::fs::rename(entry.path(), dir.join(entry.file_name())).unwrap();
+        }
+    }
+    let out = folder.path().join("model.gguf");
+    ok(&["hf", arg(&dir), "-o", arg(&out)]);
+    let bytes = std::fs::read(&out).unwrap();
+    let meta = Gguf::parse(&bytes).unwrap().metadata;
+    for (key, value) in [
+        ("name", "Tiny Llama 3.1 Instruct"),
+        ("basename", "Tiny-Llama-3.1"),
+        ("finetune", "Instruct"),
+        ("size_label", "39K"),
+        ("license", "mit"),
+        ("base_model.0.name", "Base 1B v2"),
+        ("base_model.0.organization", "Some Org"),
+        ("base_model.0.version", "v2"),
+        ("base_model.0.repo_url", "https://huggingface.co/some-org/Base-1B-v2"),
+    ] {
+        assert_eq!(meta.str(&format!("general.{key}")), Ok(value), "{key}");
+    }
+    assert_eq!(meta.u32("general.base_model.count"), Ok(1));
+    for (key, words) in [("tags", &["tiny", "text-generation"]), ("languages", &["en", "de"])] {
+        let found = meta.array_str(&format!("general.{key}")).unwrap();
+        assert_eq!(found.iter().collect::<Vec<_>>(), words.map(str::as_bytes), "{key}");
+    }
+}
+
 /// Not every byte is checked (weights may be anything), but none may crash it.
 #[test]
 fn spoilt_safetensors_are_errors() {
