@@ -1,6 +1,7 @@
 //! FFNs with a cut: what is prepared at load, and the part of the forward pass that uses it.
 
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::forward::observe;
 use super::{FfnStep, Layer, Model, ModelError, State};
@@ -12,7 +13,7 @@ use crate::ops::{
 };
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
-use crate::skip::{Cut, CutPlan, CutSide, LayerCut};
+use crate::skip::{Cut, CutPlan, CutSide, Depth, LayerCut};
 
 /// A layer that may be cut.
 pub(super) struct PreparedCut {
@@ -49,6 +50,8 @@ pub(super) struct CutScratch {
     inputs: Vec<ColumnList>,
     /// Chosen columns of down, of each row.
     inner: Vec<ColumnList>,
+    /// What each row's thresholds are multiplied with: the bits of an f32, that rows can be shared among threads.
+    factors: Vec<AtomicU32>,
     /// What each row touches of gate and up, and of down.
     touched: Vec<[Touched; 2]>,
     sums: Vec<f32>,
@@ -70,6 +73,7 @@ impl CutScratch {
             gate_up: vec![0.0; batch * 2 * ffn],
             inputs: lists(d),
             inner: lists(ffn),
+            factors: (0..batch).map(|_| AtomicU32::default()).collect(),
             touched: Vec::with_capacity(batch),
             sums: vec![0.0; sums.max().unwrap_or(0)],
         }
@@ -121,6 +125,7 @@ impl Model {
         let mut cuts = Vec::with_capacity(layers);
         for (i, cut) in plan.layers.into_iter().enumerate() {
             if let Some(cut) = &cut {
+                check_depth(i, &cut.depth, self.config.embedding)?;
                 check_side(i, &cut.inputs, ["centre of inputs", "weight of inputs"], self.config.embedding)?;
                 check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
             }
@@ -160,12 +165,20 @@ impl Model {
         let c = &self.config;
         let observed = state.observed(step);
         let State { scratch: s, policy, stats, .. } = state;
-        let (rows, cuts, plan) = (&s.cut_rows[..], &s.cuts[..], &prepared.plan);
+        let (rows, plan) = (&s.cut_rows[..], &prepared.plan);
+        let (cuts, factors) = (&mut s.cuts[..], &s.cut.factors[..]);
         s.cut.touched.clear();
         s.cut.touched.resize(rows.len(), Default::default());
         rms_norm_then(on, &s.x, rows, &layer.ffn.norm, c.norm_eps, &mut s.normed, |i, x| {
-            plan.inputs.apply(cuts[i].inputs, x);
+            let depth = &plan.depth;
+            let product = if depth.weight.is_empty() { 0.0 } else { on.kernels.dot_f32(&depth.weight, x) };
+            let factor = depth.factor(product);
+            factors[i].store(factor.to_bits(), Ordering::Relaxed);
+            plan.inputs.apply(cuts[i].inputs * factor, x);
         });
+        for (cut, factor) in cuts.iter_mut().zip(factors) {
+            cut.inner *= f32::from_bits(factor.load(Ordering::Relaxed));
+        }
         s.inner.reshape(rows.len(), c.ffn);
         prepared.gate_up(on, layer, &s.normed, cuts, &mut s.cut, &mut s.matmul, &mut s.inner);
         let out = &mut s.ffn_out[..rows.len() * c.embedding];
@@ -191,6 +204,20 @@ fn check_side(layer: usize, side: &CutSide, names: [&'static str; 2], n: usize) 
         };
     value(names[0], &side.centre, "a finite number", f32::is_finite)?;
     value(names[1], &side.weight, "a finite number of at least 0", |v| v.is_finite() && v >= 0.0)
+}
+
+fn check_depth(layer: usize, depth: &Depth, n: usize) -> Result<(), ModelError> {
+    let what = "depth";
+    if !depth.weight.is_empty() && depth.weight.len() != n {
+        return Err(ModelError::CutShape { layer, what, found: depth.weight.len(), expected: n });
+    }
+    let mut values = depth.weight.iter().chain([&depth.bias]).enumerate();
+    match values.find(|(_, v)| !v.is_finite()) {
+        Some((index, &found)) => {
+            Err(ModelError::CutValue { layer, what, index, found, expected: "a finite number" })
+        }
+        None => Ok(()),
+    }
 }
 
 impl PreparedCut {

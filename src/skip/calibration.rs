@@ -213,6 +213,8 @@ impl Calibration {
         if let Some(cut) = &self.cut {
             let cuttable: Vec<bool> = cut.plan.layers.iter().map(Option::is_some).collect();
             file.insert("skip.cut.layer", cuttable)?;
+            let bias = |layer: &Option<LayerCut>| layer.as_ref().map_or(0.0, |cut| cut.depth.bias);
+            file.insert("skip.cut.depth", cut.plan.layers.iter().map(bias).collect::<Vec<f32>>())?;
             file.insert("skip.cut.ratio", cut.curve.ratios.clone())?;
             file.insert("skip.cut.strength", cut.curve.strengths.clone())?;
         }
@@ -233,8 +235,9 @@ impl Calibration {
 /// A tensor of the file: name, columns, and the vector of a layer that is a row of it.
 type FileSide = (&'static str, usize, fn(&mut LayerCut) -> &mut Vec<f32>);
 
-fn file_sides(facts: &ModelFacts) -> [FileSide; 4] {
+fn file_sides(facts: &ModelFacts) -> [FileSide; 5] {
     [
+        ("cut.depth.weight", facts.embedding, |cut| &mut cut.depth.weight),
         ("cut.inputs.centre", facts.embedding, |cut| &mut cut.inputs.centre),
         ("cut.inputs.weight", facts.embedding, |cut| &mut cut.inputs.weight),
         ("cut.inner.centre", facts.ffn, |cut| &mut cut.inner.centre),
@@ -286,15 +289,20 @@ fn restored(n: usize, bytes: &[u8]) -> Vec<f32> {
 impl CutPlan {
     /// The plan as it comes back from a file.
     pub fn as_stored(&self) -> Self {
-        let round = |side: &mut CutSide| {
-            for vector in [&mut side.centre, &mut side.weight].into_iter().filter(|v| !v.is_empty()) {
+        let round = |vector: &mut Vec<f32>| {
+            if !vector.is_empty() {
                 *vector = restored(vector.len(), &stored(vector.len(), vector));
             }
         };
+        let round_side = |side: &mut CutSide| {
+            round(&mut side.centre);
+            round(&mut side.weight);
+        };
         let mut plan = self.clone();
         for cut in plan.layers.iter_mut().flatten() {
-            round(&mut cut.inputs);
-            round(&mut cut.inner);
+            round(&mut cut.depth.weight);
+            round_side(&mut cut.inputs);
+            round_side(&mut cut.inner);
         }
         plan
     }
@@ -390,10 +398,13 @@ impl Reader<'_> {
             let (found, expected) = (cuttable.len(), facts.layers);
             return Err(CalibrationError::Length { key: key.into(), found, expected });
         }
-        let empty = || LayerCut { inputs: CutSide::default(), inner: CutSide::default() };
-        let mut layers: Vec<Option<LayerCut>> = cuttable.iter().map(|&c| c.then(empty)).collect();
+        let mut layers: Vec<_> = cuttable.iter().map(|&c| c.then(LayerCut::default)).collect();
+        let biases = self.numbers("skip.cut.depth", facts.layers, &FINITE)?;
+        for (cut, bias) in layers.iter_mut().zip(biases) {
+            cut.iter_mut().for_each(|cut| cut.depth.bias = bias);
+        }
         for (name, n, of) in file_sides(facts) {
-            let range = if name.ends_with("weight") { &POSITIVE } else { &FINITE };
+            let range = if matches!(name, "cut.inputs.weight" | "cut.inner.weight") { &POSITIVE } else { &FINITE };
             let Some(values) = self.tensor(name, n, facts.layers, range)? else { continue };
             for (cut, values) in layers.iter_mut().zip(values.chunks_exact(n)) {
                 cut.iter_mut().for_each(|cut| *of(cut) = values.to_vec());

@@ -9,7 +9,7 @@
 //!
 //! What is left out counts as `centre[j]`, whose product with the matrix is known beforehand; its column is not
 //! read. Centres and weights belong to a layer and come from a calibration ([`CutPlan`]); the thresholds are the
-//! policy's choice for a token ([`Cut`]).
+//! policy's choice for a token ([`Cut`]), which the layer multiplies with what it sees in the token itself ([`Depth`]).
 
 /// What the entries of one side of an FFN are compared by. An empty vector: zeros for `centre`, ones for `weight`.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,9 +20,31 @@ pub struct CutSide {
     pub weight: Vec<f32>,
 }
 
-/// The two sides of a layer's FFN.
+/// How deep a token may be cut: a linear guess, from the normed stream, at how much an error would change what the
+/// model says. Where the next token is as good as certain, hardly anything does.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Depth {
+    /// `[embedding]`; empty: all tokens alike.
+    pub weight: Vec<f32>,
+    /// Added to the product with the weight.
+    pub bias: f32,
+}
+
+impl Depth {
+    /// Largest binary logarithm of a factor: no token is cut at more than 4 times the threshold, or less than a quarter.
+    const LIMIT: f32 = 2.0;
+
+    /// What thresholds are multiplied with, where `product` is that of the weight and the token's normed stream.
+    pub fn factor(&self, product: f32) -> f32 {
+        (product + self.bias).clamp(-Self::LIMIT, Self::LIMIT).exp2()
+    }
+}
+
+/// What is cut in a layer's FFN.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerCut {
+    /// Factor of the thresholds.
+    pub depth: Depth,
     /// Inputs of gate and up, `[embedding]`.
     pub inputs: CutSide,
     /// Inputs of down, `[ffn]`: the neurons.

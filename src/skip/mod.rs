@@ -19,7 +19,7 @@ mod stats;
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
 pub use built_in::BUILT_IN;
 pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point};
-pub use cut::{Cut, CutPlan, CutSide, LayerCut};
+pub use cut::{Cut, CutPlan, CutSide, Depth, LayerCut};
 pub use cutting::Cutting;
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};

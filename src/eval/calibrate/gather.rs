@@ -4,6 +4,8 @@ use crate::model::{FfnRows, Probe};
 
 /// Tokens whose vectors are kept for quantiles: 128 of them give each layer tens of thousands of entries.
 pub(super) const SAMPLES: usize = 128;
+/// Numbers kept, of all layers, for the regressions of [`depth`](super::depth): a gigabyte.
+const TRACED: usize = 1 << 28;
 
 /// Sums over the tokens of the calibration text, one [`LayerSums`] a layer.
 pub(super) struct Gatherer {
@@ -14,6 +16,8 @@ pub(super) struct Gatherer {
     embedding: usize,
     /// Every so many tokens one is kept as a sample.
     every: usize,
+    /// Every so many tokens the normed stream is kept.
+    pub trace_every: usize,
     /// The stream that entered the layer before.
     entered: Vec<f32>,
 }
@@ -35,6 +39,8 @@ pub(super) struct LayerSums {
     /// Samples of the normed stream and of the inner activations, row after row.
     pub normed_samples: Vec<f32>,
     pub inner_samples: Vec<f32>,
+    /// The normed stream of more tokens: every [`trace_every`](Gatherer::trace_every)-th.
+    pub traced: Vec<f32>,
 }
 
 impl Gatherer {
@@ -46,8 +52,10 @@ impl Gatherer {
     ) -> Self {
         let sums =
             LayerSums { pp: vec![0.0; ffn], pq: vec![0.0; ffn], qq: vec![0.0; ffn], ..LayerSums::default() };
-        let every = (windows * (context - warm_up)).div_ceil(SAMPLES);
-        Self { layers: vec![sums; layers], warm_up, embedding, every, entered: Vec::new() }
+        let tokens = windows * (context - warm_up);
+        let every = tokens.div_ceil(SAMPLES);
+        let trace_every = tokens.div_ceil(TRACED / (layers * embedding).max(1)).max(1);
+        Self { layers: vec![sums; layers], warm_up, embedding, every, trace_every, entered: Vec::new() }
     }
 }
 
@@ -82,6 +90,9 @@ impl Probe for Gatherer {
             if sums.tokens.is_multiple_of(self.every) {
                 sums.normed_samples.extend_from_slice(normed);
                 sums.inner_samples.extend_from_slice(inner);
+            }
+            if sums.tokens.is_multiple_of(self.trace_every) {
+                sums.traced.extend_from_slice(normed);
             }
             sums.tokens += 1;
         }

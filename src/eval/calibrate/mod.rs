@@ -4,6 +4,7 @@
 //! the full model's activations ([`gather`]); what each FFN is worth, by skipping it alone; the strengths at which
 //! policies skip given shares; the quality of some of those settings.
 
+mod depth;
 mod gather;
 mod weigh;
 
@@ -40,6 +41,9 @@ const POINTS: [(SkipMode, &[f32]); 6] = [
 ];
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
+/// What an error of the last layer costs beyond what the stream's scale says: no layer after it makes up for it.
+/// Gradients measured on SmolLM2 (docs/skipping.md).
+const LAST_LAYER: f32 = 1.7;
 /// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
 const TRIM_RATIO: f64 = 0.3;
 const TRIM_ROUNDS: usize = 3;
@@ -103,7 +107,7 @@ pub fn calibrate(
     }
     let (held_out, text) = tokens.split_at(options.quality_windows * CONTEXT);
     let windows = spread(text, options.windows);
-    let layers = gather(model, on, &windows, progress)?;
+    let (layers, targets) = gather(model, on, &windows, progress)?;
     let mut found = Calibration {
         model: model.weights().fingerprint(),
         text: options.text.clone(),
@@ -117,7 +121,7 @@ pub fn calibrate(
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
     found.cold = cold_regions(&found.cosines, &found.damage);
     found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
-    found.cut = Some(cuts(model, on, &trials, &layers, progress)?);
+    found.cut = Some(cuts(model, on, &trials, (&layers, &targets), progress)?);
     found.points = points(model, on, &found, held_out, options, progress)?;
     found.auto = best(&found.points);
     Ok(found)
@@ -133,26 +137,48 @@ fn state(model: &Model, on: Compute<'_>, policy: Box<dyn SkipPolicy>) -> State {
     State::new(model, on.team, (CONTEXT, CONTEXT), KvType::F16, policy)
 }
 
-/// What the full model computes over `windows`.
+/// What the full model computes over `windows`; and how deep each traced token should be cut, on average as deep as
+/// all ([`depth::target`]).
 fn gather(
     model: &Model,
     on: Compute<'_>,
     windows: &[&[u32]],
     progress: Progress<'_>,
-) -> Result<Vec<LayerSums>> {
+) -> Result<(Vec<LayerSums>, Vec<f32>)> {
     let config = model.config();
     let text = (windows.len(), CONTEXT, WARM_UP);
     let gatherer = Gatherer::new(config.layers, (config.embedding, config.ffn), text);
+    let trace_every = gatherer.trace_every;
     let shared = Arc::new(Mutex::new(gatherer));
+    let mut doubts = Vec::new();
     let mut state = state(model, on, Box::new(Never));
     state.set_probe(Some(Box::new(shared.clone())));
     for (i, window) in windows.iter().enumerate() {
         state.truncate(0);
         model.forward(on, &mut state, window, FfnStep::Full)?;
+        doubts.extend(doubts_of(model, on, &mut state));
         report(&mut *progress, Stage::Activations, i + 1, windows.len())?;
     }
     let mut gatherer = shared.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(std::mem::take(&mut gatherer.layers))
+    let mut targets: Vec<f32> = doubts.into_iter().step_by(trace_every).map(depth::target).collect();
+    let mean = targets.iter().sum::<f32>() / targets.len().max(1) as f32;
+    targets.iter_mut().for_each(|target| *target -= mean);
+    Ok((std::mem::take(&mut gatherer.layers), targets))
+}
+
+/// `1 - sum p^2` over the successors of each token past the warm-up of the window that `state` holds.
+fn doubts_of(model: &Model, on: Compute<'_>, state: &mut State) -> Vec<f32> {
+    let vocab = model.config().vocab;
+    let mut doubts = Vec::new();
+    for from in (WARM_UP..CONTEXT).step_by(COMPARED) {
+        let rows = from..(from + COMPARED).min(CONTEXT);
+        let n = rows.len();
+        let mut p = vec![0.0; n * vocab];
+        model.logits_of(on, state, rows, &mut p);
+        Exact::of(on, &mut p, &vec![0; n]);
+        doubts.extend(p.chunks_exact(vocab).map(|p| 1.0 - on.kernels.dot_f32(p, p)));
+    }
+    doubts
 }
 
 fn report(progress: Progress<'_>, stage: Stage, done: usize, all: usize) -> Result<()> {
@@ -232,10 +258,19 @@ fn damages(model: &Model, on: Compute<'_>, trials: &Trials<'_>, progress: Progre
     Ok(damage)
 }
 
-/// Cuts of all layers. Weights are in units of the largest, so that 16 bits hold them.
-fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums]) -> CutPlan {
+/// Cuts of all layers. Weights are in units of the largest, so that few bits hold them.
+fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums], targets: &[f32]) -> CutPlan {
     let parts = model.layers().iter().zip(layers);
     let mut cuts: Vec<_> = parts.map(|(layer, sums)| layer_cut(on, &layer.ffn, sums)).collect();
+    if let Some(last) = cuts.last_mut() {
+        let weights = last.inputs.weight.iter_mut().chain(&mut last.inner.weight);
+        weights.for_each(|weight| *weight *= LAST_LAYER);
+    }
+    on.team.for_plain_tiles(&mut cuts, 1, (1, 1), |mut tile| {
+        for layer in tile.rows() {
+            tile.row(layer)[0].depth = depth::fit(on, &layers[layer].traced, targets).0;
+        }
+    });
     let weights = |cut: &LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
     let largest = cuts.iter().flat_map(weights).fold(f32::MIN_POSITIVE, f32::max);
     for cut in &mut cuts {
@@ -325,10 +360,10 @@ fn cuts(
     model: &mut Model,
     on: Compute<'_>,
     trials: &Trials<'_>,
-    layers: &[LayerSums],
+    (layers, targets): (&[LayerSums], &[f32]),
     progress: Progress<'_>,
 ) -> Result<CutCalibration> {
-    let plan = plan(on, model, layers);
+    let plan = plan(on, model, layers, targets);
     model.prepare_cuts_by_rows(on, plan.clone(), |_, _| {})?;
     let shares = Shares::new(model, &plan, layers);
     let mut measured = Vec::new();

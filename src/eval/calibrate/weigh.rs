@@ -3,7 +3,7 @@
 use super::gather::LayerSums;
 use crate::model::{Ffn, Model};
 use crate::ops::Compute;
-use crate::skip::{CutPlan, CutSide, LayerCut};
+use crate::skip::{CutPlan, CutSide, Depth, LayerCut};
 
 /// Weights of a layer, and centres to begin with: medians of the inputs, zeros of the neurons.
 ///
@@ -21,6 +21,7 @@ pub(super) fn layer_cut(on: Compute<'_>, ffn: &Ffn, sums: &LayerSums) -> LayerCu
     let down_bytes = ffn.down.bytes() as f64 / ffn.down.cols() as f64;
     let weight = |energy: f64, bytes: f64| (sensitivity * (energy / bytes).sqrt()) as f32;
     LayerCut {
+        depth: Depth::default(),
         inputs: CutSide {
             centre: medians(&sums.normed_samples, ffn.gate.cols()),
             weight: input_energies.iter().map(|e| weight(e / n, gate_up_bytes)).collect(),
@@ -44,12 +45,13 @@ const LEAST: usize = 8;
 /// Moves each centre to the mean of what is left out at `threshold`: that is what it stands for, and the mean of all
 /// values, with their heavy tails, does worse than none.
 pub(super) fn trim_centres(cut: &mut LayerCut, sums: &LayerSums, threshold: f32) {
+    let factors = factors(&cut.depth, &sums.normed_samples, cut.inputs.weight.len());
     for (side, samples) in [(&mut cut.inputs, &sums.normed_samples), (&mut cut.inner, &sums.inner_samples)] {
         let n = side.weight.len();
         let (mut sum, mut count) = (vec![0f64; n], vec![0usize; n]);
-        for x in samples.chunks_exact(n) {
+        for (x, factor) in samples.chunks_exact(n).zip(&factors) {
             for (j, &x) in x.iter().enumerate() {
-                if (x - side.centre[j]).abs() * side.weight[j] < threshold {
+                if (x - side.centre[j]).abs() * side.weight[j] < threshold * factor {
                     sum[j] += f64::from(x);
                     count[j] += 1;
                 }
@@ -59,6 +61,12 @@ pub(super) fn trim_centres(cut: &mut LayerCut, sums: &LayerSums, threshold: f32)
             *centre = (sum[j] / count[j] as f64) as f32;
         }
     }
+}
+
+/// What the thresholds of each sample of the normed stream are multiplied with.
+fn factors(depth: &Depth, samples: &[f32], n: usize) -> Vec<f32> {
+    let product = |x: &[f32]| x.iter().zip(&depth.weight).map(|(x, w)| x * w).sum();
+    samples.chunks_exact(n).map(|x| depth.factor(product(x))).collect()
 }
 
 /// Squared norms of the columns of down, `[ffn]`.
@@ -135,17 +143,19 @@ impl Shares {
             shares.all += samples * ffn.bytes() as f64;
             let Some(cut) = cut else { continue };
             let gate_up = (ffn.gate.bytes() + ffn.up.bytes()) as f64 / ffn.gate.cols() as f64;
-            shares.add(&cut.inputs, &sums.normed_samples, gate_up);
-            shares.add(&cut.inner, &sums.inner_samples, ffn.down.bytes() as f64 / ffn.down.cols() as f64);
+            let down = ffn.down.bytes() as f64 / ffn.down.cols() as f64;
+            let factors = factors(&cut.depth, &sums.normed_samples, ffn.gate.cols());
+            shares.add(&cut.inputs, &sums.normed_samples, &factors, gate_up);
+            shares.add(&cut.inner, &sums.inner_samples, &factors, down);
         }
         shares
     }
 
-    fn add(&mut self, side: &CutSide, samples: &[f32], bytes: f64) {
-        for x in samples.chunks_exact(side.weight.len()) {
+    fn add(&mut self, side: &CutSide, samples: &[f32], factors: &[f32], bytes: f64) {
+        for (x, factor) in samples.chunks_exact(side.weight.len()).zip(factors) {
             let last = self.bins.len() - 1;
             for (j, (&x, &w)) in x.iter().zip(&side.weight).enumerate() {
-                let score = (x - side.centre.get(j).copied().unwrap_or(0.0)).abs() * w;
+                let score = (x - side.centre.get(j).copied().unwrap_or(0.0)).abs() * w / factor;
                 // A score of 0 has no logarithm; the cast puts it into the first bin.
                 self.bins[(((score.log2() + OCTAVES) * BINS) as usize).min(last)] += bytes;
             }
