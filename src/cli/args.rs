@@ -292,7 +292,7 @@ impl DraftArgs {
     }
 }
 
-fn pair(text: &str) -> Result<(usize, usize), String> {
+pub(super) fn pair(text: &str) -> Result<(usize, usize), String> {
     let expected = || "expected two layers: S,E".to_owned();
     let (start, end) = text.split_once(',').ok_or_else(expected)?;
     match (start.trim().parse(), end.trim().parse()) {
