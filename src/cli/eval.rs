@@ -59,13 +59,13 @@ pub(super) struct EvalArgs {
     /// Go on from what --out holds
     #[arg(long, requires = "out")]
     resume: bool,
-    /// freebaseqa: answered questions that precede the one asked
+    /// freebaseqa: answered questions that precede the one asked, as a text to be continued
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = in_range(0, 64))]
     shots: usize,
-    /// freebaseqa: ask through the chat template instead of having a text continued
+    /// Have a text continued, even if the model has a chat template
     #[arg(long)]
-    chat: bool,
-    /// Tokens of an answer, at most [default: freebaseqa 16, summarize 220, mt-bench 512]
+    raw: bool,
+    /// Tokens of an answer, at most [default: freebaseqa 32, summarize 220, mt-bench 512]
     #[arg(short = 'n', long = "predict", value_name = "N", value_parser = in_range(1, 1 << 16))]
     max_tokens: Option<usize>,
     /// Tokens that fit, prompt and answer together; a longer story is cut
@@ -167,7 +167,7 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
     let contenders = args.contenders(&mut engine)?;
     let settings = tasks::Settings {
         task: args.task,
-        template: match args.task == Task::FreebaseQa && !args.chat {
+        template: match args.raw || args.shots > 0 {
             true => None,
             false => args.template.template(&engine)?,
         },
@@ -177,9 +177,6 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
         context: args.context,
         kv: args.engine.kv.into(),
     };
-    if args.chat && settings.template.is_none() {
-        return Err(tasks::TaskError::NoTemplate.into());
-    }
     let run = Run {
         args,
         settings: args.fingerprint(&engine, &settings),
@@ -205,10 +202,8 @@ impl EvalArgs {
             return usage(format!("--ratios {ratio}: a share lies between 0 and 100 percent"));
         }
         let (name, qa) = (self.task.name(), self.task == Task::FreebaseQa);
-        for (flag, given) in [("--shots", self.shots > 0), ("--chat", self.chat)] {
-            if given && !qa {
-                return usage(format!("{flag}: not for --task {name}"));
-            }
+        if self.shots > 0 && !qa {
+            return usage(format!("--shots: not for --task {name}"));
         }
         if self.judge_url.is_some() && qa {
             return usage(format!(
@@ -218,16 +213,18 @@ impl EvalArgs {
         if (self.reference.is_some() || self.answers.is_some()) && self.task != Task::MtBench {
             return usage(format!("--reference and --answers: not for --task {name}"));
         }
-        let chats = !qa || self.chat;
-        if !chats && (self.template.system.is_some() || self.template.chat_template.is_some()) {
-            return usage("--system and --chat-template: freebaseqa has them with --chat only".into());
+        let plain = self.raw || self.shots > 0;
+        if plain && (self.template.system.is_some() || self.template.chat_template.is_some()) {
+            return usage(
+                "--system and --chat-template: a text that is continued (--raw, --shots) has neither".into(),
+            );
         }
         Ok(())
     }
 
     fn max_tokens(&self) -> usize {
         self.max_tokens.unwrap_or(match self.task {
-            Task::FreebaseQa => 16,
+            Task::FreebaseQa => 32,
             Task::Summarize => 220,
             Task::MtBench => 512,
         })
