@@ -67,6 +67,9 @@ fn model(criterion: &mut Criterion, name: &str, model: &Model) {
 }
 
 fn forward(criterion: &mut Criterion) {
+    if !common::wanted("forward") {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let path = common::write_synthetic(folder.path());
     model(criterion, "forward, synthetic 0.3B Q4_0", &Model::load(&path).unwrap());

@@ -1,23 +1,30 @@
-//! The kernels on one thread: `dot` for every type, as fast as memory is read; `gemm` with the unpacking that it needs.
+//! The kernels on one thread: `dot` for every type, as fast as memory is read; several tokens the way matrix products
+//! take them, `dot_tokens` for a few and `gemm`, with the unpacking that it needs, for many.
 //!
 //! Scalar code is the reference that results are checked against; it is timed for one type.
 
 mod common;
 
 use std::hint::black_box;
+use std::time::Duration;
 
 use common::{Random, assert_close, matrix, quantised_types, scalar};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use skiff::gguf::GgmlType;
 use skiff::kernels::{Activations, Kernels, PANEL_COLS, PANEL_ROWS, Panel};
+use skiff::ops::GEMM_ROWS;
 
 const COLS: usize = 4096;
 /// More than caches hold.
 const WEIGHT_BYTES: usize = 272 << 20;
 /// Rows that `dot` takes at a time, as a chunk of a matrix product does.
 const CHUNK: usize = 64;
-const GEMM_ROWS: usize = 1024;
+/// Rows of weights that several tokens are multiplied with, and those for scalar code.
+const ROWS: usize = 512;
+const SCALAR_ROWS: usize = PANEL_ROWS;
 const TOKENS: [usize; 5] = [2, 8, 32, 128, 512];
+/// Tokens whose products are checked.
+const CHECKED: usize = 8;
 
 fn timed(kernels: Kernels, ty: GgmlType) -> bool {
     kernels.name() != "scalar" || ty == GgmlType::Q4_0
@@ -34,7 +41,7 @@ fn activations(random: &mut Random, rows: usize) -> Activations {
 fn dot(criterion: &mut Criterion) {
     let mut random = Random(1);
     let acts = activations(&mut random, 1);
-    let mut group = common::group(criterion, "dot");
+    let mut group = common::group(criterion, "kernels/dot");
     for ty in quantised_types() {
         let chunk_bytes = CHUNK * ty.row_bytes(COLS);
         let weights = matrix(&mut random, ty, CHUNK * WEIGHT_BYTES.div_ceil(chunk_bytes), COLS, 0.05);
@@ -45,7 +52,7 @@ fn dot(criterion: &mut Criterion) {
             kernels.dot(ty, &weights[..chunk_bytes], acts.row(0), &mut out);
             assert_close(&format!("dot {} {ty}", kernels.name()), &out, &want, 1e-5);
             // Arithmetic bounds scalar code: it needs no more memory than caches hold.
-            let weights = if kernels.name() == "scalar" { &weights[..8 << 20] } else { &weights[..] };
+            let weights = if kernels.name() == "scalar" { &weights[..2 << 20] } else { &weights[..] };
             let weights = &weights[..weights.len() / chunk_bytes * chunk_bytes];
             group.throughput(Throughput::Bytes(weights.len() as u64));
             group.bench_function(BenchmarkId::new(kernels.name(), ty), |bencher| {
@@ -72,6 +79,10 @@ fn multiply(
     let row_bytes = ty.row_bytes(COLS);
     let outs = out.chunks_exact_mut(acts.rows() * PANEL_ROWS);
     for (weights, out) in weights.chunks_exact(PANEL_ROWS * row_bytes).zip(outs) {
+        if acts.rows() < GEMM_ROWS {
+            kernels.dot_tokens(ty, weights, acts, out);
+            continue;
+        }
         out.fill(0.0);
         for col in (0..COLS).step_by(PANEL_COLS) {
             kernels.unpack(ty, weights, row_bytes, col..col + PANEL_COLS, panel);
@@ -80,32 +91,36 @@ fn multiply(
     }
 }
 
-fn gemm(criterion: &mut Criterion) {
+/// The first panel of `out` against scalar code, for tokens from the first to the last.
+fn check(name: &str, ty: GgmlType, weights: &[u8], acts: &Activations, out: &[f32]) {
+    let first = &weights[..PANEL_ROWS * ty.row_bytes(COLS)];
+    let step = acts.rows().div_ceil(CHECKED);
+    for t in (0..acts.rows()).rev().step_by(step) {
+        let mut want = [0f32; PANEL_ROWS];
+        scalar().dot(ty, first, acts.row(t), &mut want);
+        assert_close(&format!("{name} {ty}, token {t}"), &out[t * PANEL_ROWS..][..PANEL_ROWS], &want, 1e-5);
+    }
+}
+
+fn tokens(criterion: &mut Criterion) {
     let mut random = Random(2);
-    let (mut panel, mut group) = (Panel::default(), common::group(criterion, "gemm"));
-    group.measurement_time(std::time::Duration::from_secs(1));
+    let mut panel = Panel::default();
+    let mut group = common::group(criterion, "kernels/tokens");
+    let batches = TOKENS.map(|tokens| activations(&mut random, tokens));
     for ty in quantised_types() {
-        let weights = matrix(&mut random, ty, GEMM_ROWS, COLS, 0.05);
-        for tokens in TOKENS {
-            let acts = activations(&mut random, tokens);
-            let mut want = vec![0f32; tokens.min(8) * PANEL_ROWS];
-            let first = &weights[..PANEL_ROWS * ty.row_bytes(COLS)];
-            let mut row = [0f32; PANEL_ROWS];
-            for (t, want) in want.chunks_exact_mut(PANEL_ROWS).enumerate() {
-                scalar().dot(ty, first, acts.row(t), &mut row);
-                want.copy_from_slice(&row);
-            }
+        let weights = matrix(&mut random, ty, ROWS, COLS, 0.05);
+        for acts in &batches {
             for kernels in Kernels::available().filter(|&k| timed(k, ty)) {
-                let rows = if kernels.name() == "scalar" { PANEL_ROWS } else { GEMM_ROWS };
+                let rows = if kernels.name() == "scalar" { SCALAR_ROWS } else { ROWS };
                 let weights = &weights[..rows * ty.row_bytes(COLS)];
-                let mut out = vec![0f32; tokens * rows];
-                multiply(kernels, ty, weights, &acts, &mut panel, &mut out);
-                assert_close(&format!("gemm {} {ty}", kernels.name()), &out[..want.len()], &want, 1e-5);
-                group.throughput(Throughput::Elements((2 * tokens * rows * COLS) as u64));
-                let id = BenchmarkId::new(format!("{}/{ty}", kernels.name()), tokens);
+                let mut out = vec![0f32; acts.rows() * rows];
+                multiply(kernels, ty, weights, acts, &mut panel, &mut out);
+                check(kernels.name(), ty, weights, acts, &out);
+                group.throughput(Throughput::Elements((2 * acts.rows() * rows * COLS) as u64));
+                let id = BenchmarkId::new(format!("{}/{ty}", kernels.name()), acts.rows());
                 group.bench_function(id, |bencher| {
                     bencher.iter(|| {
-                        multiply(kernels, ty, weights, &acts, &mut panel, &mut out);
+                        multiply(kernels, ty, weights, acts, &mut panel, &mut out);
                         black_box(&mut out);
                     });
                 });
@@ -114,5 +129,17 @@ fn gemm(criterion: &mut Criterion) {
     }
 }
 
-criterion_group! { name = kernels; config = common::criterion(); targets = dot, gemm }
-criterion_main!(kernels);
+/// There are some 150 benchmarks: half a second each.
+fn kernels(criterion: &mut Criterion) {
+    if common::wanted("kernels") {
+        dot(criterion);
+        tokens(criterion);
+    }
+}
+
+criterion_group! {
+    name = benches;
+    config = common::criterion().warm_up_time(Duration::from_millis(50)).measurement_time(Duration::from_millis(500));
+    targets = kernels
+}
+criterion_main!(benches);

@@ -24,6 +24,9 @@ fn check(path: &Path) {
 }
 
 fn load(criterion: &mut Criterion) {
+    if !common::wanted("load") {
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
     let synthetic = common::write_synthetic(folder.path());
     let mut group = criterion.benchmark_group("load");

@@ -1,21 +1,30 @@
-//! What skipping FFNs gains, whatever a policy costs in quality: decoding with a forced share of the FFNs skipped,
-//! beside the gain that the bytes left unread would give.
+//! What leaving FFN weights unread gains, whatever it costs in quality, beside the gain that the unread bytes would
+//! give if reading were all: decoding with a forced share of the FFN blocks skipped, and with a forced share of
+//! inputs and neurons cut.
+//!
+//! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
 
 mod common;
 
+use std::collections::HashMap;
 use std::hint::black_box;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use common::{best, decode, distance, ids, prompt, state};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use skiff::model::{Model, State};
-use skiff::ops::Compute;
-use skiff::skip::{Decision, Never, SkipPolicy};
+use skiff::model::{Matrices, Model, Probe, State};
+use skiff::ops::{Compute, Inputs};
+use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::{Team, default_threads};
 
-/// Tokens of an iteration: with four layers, 10 % of their FFNs is a whole number.
+/// Tokens of a turn: with four layers, 10 % of their FFNs is a whole number.
 const TOKENS: usize = 10;
-const PERCENT: [usize; 4] = [0, 10, 20, 30];
+/// Shares of the FFN blocks that are skipped.
+const PERCENT: [usize; 3] = [10, 20, 30];
+/// Shares of the FFN weights that cuts aim at.
+const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
 /// Turns of the comparison.
 const ROUNDS: usize = 9;
 
@@ -53,6 +62,62 @@ fn forced(percent: usize) -> Box<dyn SkipPolicy> {
     Box::new(Forced { percent, decisions: 0 })
 }
 
+/// Cuts every layer by thresholds of its own.
+#[derive(Clone)]
+struct ForcedCut(Vec<Cut>);
+
+impl SkipPolicy for ForcedCut {
+    fn name(&self) -> &'static str {
+        "forced cut"
+    }
+
+    fn begin_token(&mut self, _: usize) {}
+
+    fn decide(&mut self, layer: usize) -> Decision {
+        Decision::Cut(self.0[layer])
+    }
+
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}
+
+/// Gathers the magnitudes of what meets gate and up, and down.
+#[derive(Default)]
+struct Magnitudes(HashMap<(usize, Matrices), Vec<f32>>);
+
+impl Probe for Magnitudes {
+    fn matmul(&mut self, layer: usize, matrices: Matrices, x: &Inputs) {
+        self.0.entry((layer, matrices)).or_default().extend(x.values().iter().map(|v| v.abs()));
+    }
+}
+
+impl Magnitudes {
+    fn of(model: &Model, on: Compute<'_>, tokens: &[u32]) -> Self {
+        let probe = Arc::new(Mutex::new(Self::default()));
+        let mut now = state(model, on, tokens.len(), Box::new(Never));
+        now.set_probe(Some(Box::new(probe.clone())));
+        prompt(model, on, &mut now, tokens);
+        drop(now);
+        let mut found = std::mem::take(&mut *probe.lock().unwrap());
+        found.0.values_mut().for_each(|values| values.sort_by(f32::total_cmp));
+        found
+    }
+
+    /// Cuts that leave about `share` of the FFN weights unread: rather neurons than inputs, as it is best.
+    fn cut(&self, layers: usize, share: f32) -> Box<dyn SkipPolicy> {
+        let quantile = |layer, matrices, q: f32| match &self.0[&(layer, matrices)] {
+            _ if q == 0.0 => 0.0,
+            values => values[((values.len() - 1) as f32 * q) as usize],
+        };
+        let cuts = (0..layers).map(|layer| Cut {
+            inputs: quantile(layer, Matrices::GateUp, 0.85 * share),
+            inner: quantile(layer, Matrices::Down, 1.3 * share),
+        });
+        Box::new(ForcedCut(cuts.collect()))
+    }
+}
+
 /// Decodes some tokens from the start; the logits of the last one are left in the state.
 fn generate(model: &Model, on: Compute<'_>, state: &mut State, tokens: &[u32]) -> Vec<f32> {
     state.truncate(1);
@@ -66,81 +131,147 @@ fn generate(model: &Model, on: Compute<'_>, state: &mut State, tokens: &[u32]) -
     last
 }
 
-/// Nothing forced is bit by bit the full model; what is forced is skipped, and matters.
-fn check(model: &Model, on: Compute<'_>, tokens: &[u32]) {
-    let run = |policy| {
-        let mut now = state(model, on, TOKENS + 1, policy);
-        prompt(model, on, &mut now, &tokens[..1]);
-        let logits = generate(model, on, &mut now, tokens);
-        (logits, now.stats().share())
-    };
-    let (full, _) = run(Box::new(Never));
-    for percent in PERCENT {
-        let (logits, share) = run(forced(percent));
-        let want = (TOKENS * model.config().layers * percent / 100) as f64;
-        assert_eq!(share, want / (TOKENS * model.config().layers) as f64, "{percent} % were to be skipped");
-        match percent {
-            0 => assert_eq!(logits, full, "skipping nothing changes the result"),
-            _ => assert!(distance(&logits, &full) > 1e-3, "{percent} % skipped and nothing changes"),
-        }
-        assert!(logits.iter().all(|v| v.is_finite()));
+/// A way to decode and its state.
+struct Variant {
+    name: String,
+    state: State,
+}
+
+impl Variant {
+    fn new(
+        model: &Model,
+        on: Compute<'_>,
+        tokens: &[u32],
+        name: String,
+        policy: Box<dyn SkipPolicy>,
+    ) -> Self {
+        let mut state = state(model, on, TOKENS + 1, policy);
+        prompt(model, on, &mut state, &tokens[..1]);
+        Self { name, state }
+    }
+
+    /// Share of the FFN bytes left unread so far.
+    fn share(&self, model: &Model) -> f64 {
+        self.state.stats().weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64)
     }
 }
 
-fn model(criterion: &mut Criterion, name: &str, model: &Model) {
+/// Nothing forced is bit by bit the full model; what is forced is left out, and matters.
+fn check(model: &Model, on: Compute<'_>, tokens: &[u32], magnitudes: &Magnitudes) {
+    let layers = model.config().layers;
+    let run = |policy| {
+        let mut now = Variant::new(model, on, tokens, String::new(), policy);
+        let logits = generate(model, on, &mut now.state, tokens);
+        assert!(logits.iter().all(|v| v.is_finite()));
+        (logits, now.state.stats().share(), now.share(model))
+    };
+    let (full, ..) = run(Box::new(Never));
+    assert_eq!(run(forced(0)).0, full, "skipping nothing changes the result");
+    assert_eq!(run(watching(layers)).0, full, "looking on changes the result");
+    for percent in PERCENT {
+        let (logits, share, _) = run(forced(percent));
+        let want = (TOKENS * layers * percent / 100) as f64;
+        assert_eq!(share, want / (TOKENS * layers) as f64, "{percent} % were to be skipped");
+        assert!(distance(&logits, &full) > 1e-3, "{percent} % skipped and nothing changes");
+    }
+    for share in CUTS {
+        let (logits, _, found) = run(magnitudes.cut(layers, share));
+        let distance = distance(&logits, &full);
+        assert!((found - f64::from(share)).abs() < 0.12, "{share} was to be cut, {found} was");
+        match share {
+            0.0 => assert!(distance < 0.05, "nothing is cut and the logits differ by {distance}"),
+            _ => assert!(distance > 1e-3, "{share} is cut and nothing changes"),
+        }
+    }
+}
+
+/// The paper's policy with a threshold that nothing reaches: what looking on costs.
+fn watching(layers: usize) -> Box<dyn SkipPolicy> {
+    Box::new(FfnSkip::new(2.0, 1, 0, (0, layers)))
+}
+
+fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let team = Team::new(default_threads()).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    let tokens = ids(TOKENS, model.config().vocab);
-    check(model, on, &tokens);
-    let mut states: Vec<State> =
-        PERCENT.iter().map(|&percent| state(model, on, TOKENS + 1, forced(percent))).collect();
-    for now in &mut states {
-        prompt(model, on, now, &tokens[..1]);
-    }
+    let (tokens, layers) = (ids(TOKENS, model.config().vocab), model.config().layers);
+    let magnitudes = Magnitudes::of(model, on, &tokens);
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers] };
+    let started = Instant::now();
+    model.prepare_cuts(on, plan, |_, _| {}).unwrap();
+    let (seconds, bytes) = (started.elapsed().as_secs_f64(), model.column_bytes() as f64);
+    println!("{name}: {:.2} GB by columns, made in {seconds:.1} s", bytes / 1e9);
+    let model = &*model;
+    check(model, on, &tokens, &magnitudes);
+
+    let variant = |name: String, policy| Variant::new(model, on, &tokens, name, policy);
+    let mut all =
+        vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
+    all.extend(PERCENT.map(|percent| variant(format!("{percent} % of blocks skipped"), forced(percent))));
+    all.extend(CUTS.map(|s| variant(format!("{:.0} % to be cut", 100.0 * s), magnitudes.cut(layers, s))));
     let mut group = common::group(criterion, name);
     group.throughput(Throughput::Elements(TOKENS as u64));
-    for (percent, now) in PERCENT.iter().zip(&mut states) {
-        group.bench_function(format!("decode, {percent} % of FFNs skipped"), |bencher| {
-            bencher.iter(|| black_box(generate(model, on, now, &tokens)));
+    for Variant { name, state } in &mut all {
+        group.bench_function(format!("decode, {name}"), |bencher| {
+            bencher.iter(|| black_box(generate(model, on, state, &tokens)));
         });
     }
     group.finish();
-    compare(name, model, on, &tokens, &mut states);
+    if std::env::args().any(|arg| arg.starts_with("--profile-time")) {
+        return;
+    }
+    compare(name, model, on, &tokens, &mut all);
 }
 
-/// Times the shares in turn, so that what else the machine does hits all alike, and prints gain and ideal.
-fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], states: &mut [State]) {
-    let mut times = vec![Vec::new(); PERCENT.len()];
+/// Times the variants in turn, so that what else the machine does hits all alike, and prints gain and ideal.
+fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants: &mut [Variant]) {
+    let mut times = vec![Vec::new(); variants.len()];
     for _ in 0..ROUNDS {
-        for (now, times) in states.iter_mut().zip(&mut times) {
+        for (variant, times) in variants.iter_mut().zip(&mut times) {
             let started = Instant::now();
-            black_box(generate(model, on, now, tokens));
+            black_box(generate(model, on, &mut variant.state, tokens));
             times.push(started.elapsed().as_secs_f64());
         }
     }
-    let medians: Vec<f64> = times
-        .iter_mut()
-        .map(|times| {
-            times.sort_by(f64::total_cmp);
-            times[ROUNDS / 2]
-        })
-        .collect();
+    times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
     let all = model.decode_bytes() as f64;
-    println!("{name}: skipped, tokens/s, gain, ideal gain (medians of {ROUNDS} turns)");
-    for (percent, time) in PERCENT.iter().zip(&medians) {
-        let ideal = all / (all - model.ffn_bytes() as f64 * *percent as f64 / 100.0);
-        let (speed, gain) = (TOKENS as f64 / time, medians[0] / time);
-        println!("    {percent:>2} %  {speed:>7.1}  {gain:.3}  {ideal:.3}");
+    println!(
+        "{name}: best and median of {ROUNDS} turns of {TOKENS} tokens; time saved: of what the bytes would save"
+    );
+    println!("                           unread  tokens/s  median  gain   (median)  ideal  time saved");
+    for (variant, sorted) in variants.iter().zip(&times) {
+        let (share, best, median) = (variant.share(model), sorted[0], sorted[ROUNDS / 2]);
+        let ideal = all / (all - model.ffn_bytes() as f64 * share);
+        let (gain, median_gain) = (times[0][0] / best, times[0][ROUNDS / 2] / median);
+        let saved = (1.0 - 1.0 / gain) / (1.0 - 1.0 / ideal);
+        println!(
+            "    {:<22} {:>5.1} % {:>8.1} {:>8.1}  {gain:.3}  ({median_gain:.3})  {ideal:.3}  {:>5.0} %",
+            variant.name,
+            100.0 * share,
+            TOKENS as f64 / best,
+            TOKENS as f64 / median,
+            100.0 * saved
+        );
     }
     println!();
 }
 
 fn skip(criterion: &mut Criterion) {
+    if !common::wanted("skip") {
+        return;
+    }
+    let named = std::env::var_os("SKIFF_BENCH_MODELS");
+    if let Some(paths) = &named {
+        for path in std::env::split_paths(paths) {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            model(criterion, &format!("skip, {name}"), &mut Model::load(&path).unwrap());
+        }
+        return;
+    }
     let folder = tempfile::tempdir().unwrap();
-    let path = common::write_synthetic(folder.path());
-    model(criterion, "skip, synthetic 0.3B Q4_0", &Model::load(&path).unwrap());
+    let path: PathBuf = common::write_synthetic(folder.path());
+    model(criterion, "skip, synthetic 0.3B Q4_0", &mut Model::load(&path).unwrap());
     if let Some(path) = common::smollm2() {
-        model(criterion, "skip, SmolLM2 135M", &Model::load(&path).unwrap());
+        model(criterion, "skip, SmolLM2 135M", &mut Model::load(&path).unwrap());
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! This is the way of the data; nothing downstream is known upstream, and a test checks it:
 //!
+//! * [`memory`] has buffers in huge pages, [`topology`] what the system says of CPUs and their memory.
 //! * [`gguf`] reads the bytes of a model file into a checked header: metadata and a table of tensors. [`quant`]
 //!   knows what the blocks of each tensor type mean, in plain scalar code that everything else is tested against.
 //!   [`weights`] maps the file and hands out tensors of the shape that was asked for; they are never copied.
@@ -43,6 +44,9 @@
 //! # Ok(())
 //! # }
 //! ```
+
+pub mod memory;
+pub mod topology;
 
 pub mod gguf;
 pub mod quant;

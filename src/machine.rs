@@ -10,7 +10,10 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::kernels::Kernels;
 use crate::threads::{self, Team};
+pub use crate::topology::Memory;
+use crate::topology::{CoreKind, Topology};
 
 /// What the system tells about the machine. What it does not tell is `None`.
 #[derive(Clone, Debug, Serialize)]
@@ -21,25 +24,22 @@ pub struct Machine {
     pub arch: &'static str,
     /// Extensions of the instruction set that matter here.
     pub features: Vec<String>,
-    /// Physical cores of the machine.
-    pub physical_cores: Option<usize>,
-    /// Hardware threads that this process may use: affinity mask and quota.
-    pub allowed_threads: usize,
+    /// CPUs (hardware threads) that the affinity mask allows, as a list.
+    pub allowed_cpus: String,
+    /// Physical cores among them.
+    pub physical_cores: usize,
+    /// Those cores by their speed as the system states it, fastest first.
+    pub core_kinds: Vec<CoreKind>,
     /// Cores' worth of time that the cgroup grants.
     pub cgroup_quota: Option<f64>,
     /// Threads that a command uses unasked.
     pub default_threads: usize,
+    /// CPUs of each memory node, as lists.
+    pub memory_nodes: Vec<String>,
+    /// When anonymous memory gets huge pages: `always`, `madvise` (skiff asks) or `never`.
+    pub huge_pages: Option<String>,
     /// Main memory.
     pub memory: Option<Memory>,
-}
-
-/// Main memory, bytes.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Memory {
-    /// All of it, or what the cgroup grants if that is less.
-    pub total: u64,
-    /// What can be had without swapping.
-    pub available: u64,
 }
 
 /// Extensions worth naming, as Linux spells them.
@@ -70,6 +70,7 @@ const FEATURES: &[&str] = &[
 impl Machine {
     /// Looks.
     pub fn detect() -> Self {
+        let topology = Topology::detect();
         let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
         let listed = field(&cpuinfo, "flags").or_else(|| field(&cpuinfo, "Features")).unwrap_or_default();
         let has = |name: &&&str| listed.split_whitespace().any(|listed| listed == **name);
@@ -77,25 +78,15 @@ impl Machine {
             cpu: field(&cpuinfo, "model name").map(str::to_owned),
             arch: std::env::consts::ARCH,
             features: FEATURES.iter().filter(has).map(|name| name.to_string()).collect(),
-            physical_cores: threads::physical_cores(),
-            allowed_threads: std::thread::available_parallelism().map_or(1, usize::from),
-            cgroup_quota: cgroup_quota(),
+            allowed_cpus: topology.allowed.to_string(),
+            physical_cores: topology.cores.len(),
+            core_kinds: topology.kinds,
+            cgroup_quota: topology.quota,
             default_threads: threads::default_threads(),
+            memory_nodes: topology.nodes.iter().map(|(node, cpus)| format!("{node}: CPUs {cpus}")).collect(),
+            huge_pages: topology.huge_pages,
             memory: Memory::read(),
         }
-    }
-}
-
-impl Memory {
-    /// Looks.
-    pub fn read() -> Option<Self> {
-        let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
-        let kib = |name| field(&meminfo, name)?.split_whitespace().next()?.parse::<u64>().ok();
-        let total = kib("MemTotal")? * 1024;
-        let available = kib("MemAvailable")? * 1024;
-        let granted = fs::read_to_string("/sys/fs/cgroup/memory.max").ok();
-        let granted = granted.and_then(|text| text.trim().parse::<u64>().ok()).unwrap_or(u64::MAX);
-        Some(Self { total: total.min(granted), available: available.min(granted) })
     }
 }
 
@@ -103,18 +94,6 @@ impl Memory {
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     let pairs = text.lines().filter_map(|line| line.split_once(':'));
     pairs.map(|(key, value)| (key.trim(), value.trim())).find(|(key, _)| *key == name).map(|(_, value)| value)
-}
-
-/// Cores' worth of time of the cgroup (version 2, or 1), if it is limited.
-fn cgroup_quota() -> Option<f64> {
-    let read = |path| fs::read_to_string(path).ok();
-    let pair = read("/sys/fs/cgroup/cpu.max").or_else(|| {
-        let quota = read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")?;
-        Some(format!("{} {}", quota.trim(), read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")?.trim()))
-    })?;
-    let (quota, period) = pair.trim().split_once(' ')?;
-    let (quota, period) = (quota.parse::<f64>().ok()?, period.parse::<f64>().ok()?);
-    (quota > 0.0 && period > 0.0).then_some(quota / period)
 }
 
 /// Less than this would be read from the caches of a large server.
@@ -155,6 +134,28 @@ pub fn read_sweep(team: &Team, buffer: &[u64], passes: usize) -> f64 {
     (0..passes).map(pass).fold(0.0, f64::max)
 }
 
+/// Rounds of a burst: some microseconds.
+const BURST: usize = 4096;
+/// Bursts that a thread claims at a time.
+const BURSTS: usize = 16;
+
+/// 8-bit integer operations a second that the team reaches with the kernels' instruction when nothing has to be
+/// loaded: the best of `passes`. `None` for kernels whose peak is not measured.
+pub fn int8_peak(team: &Team, kernels: Kernels, passes: usize) -> Option<f64> {
+    let mut best: Option<f64> = None;
+    for _ in 0..passes {
+        let total = AtomicU64::new(0);
+        let started = Instant::now();
+        team.run(8 * team.threads(), |_, _| {
+            let bursts = (0..BURSTS).filter_map(|_| kernels.int8_burst(BURST));
+            total.fetch_add(bursts.sum(), Ordering::Relaxed);
+        });
+        let speed = total.into_inner() as f64 / started.elapsed().as_secs_f64();
+        best = best.into_iter().chain((speed > 0.0).then_some(speed)).reduce(f64::max);
+    }
+    best
+}
+
 /// 64 independent sums keep enough loads in flight whatever the width of a vector.
 fn sum(words: &[u64]) -> u64 {
     let (blocks, rest) = words.as_chunks::<64>();
@@ -174,10 +175,23 @@ mod tests {
     #[test]
     fn the_machine_has_a_core_and_names_are_whole_words() {
         let machine = Machine::detect();
-        assert!(machine.allowed_threads >= 1 && machine.default_threads >= 1);
+        assert!(machine.physical_cores >= 1 && machine.default_threads >= 1);
         assert_eq!(field("flags\t\t: avx avx2\nflags : x", "flags"), Some("avx avx2"));
         assert_eq!(field("model name: a:b", "model name"), Some("a:b"));
         assert_eq!(field("model: a", "model name"), None);
+    }
+
+    #[test]
+    fn a_peak_is_measured_where_it_is_known() {
+        let team = Team::new(2).unwrap();
+        for kernels in Kernels::available() {
+            assert_eq!(
+                int8_peak(&team, kernels, 1).is_some(),
+                kernels.int8_burst(1).is_some(),
+                "{kernels:?}"
+            );
+            assert_eq!(int8_peak(&team, kernels, 0), None);
+        }
     }
 
     #[test]

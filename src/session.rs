@@ -14,8 +14,9 @@ use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::sampler::{Constraint, ConstraintError, Sampler, StopMatcher, TokenTable};
 use crate::skip::{SkipOptions, SkipStats};
-use crate::threads::Team;
+use crate::threads::{PinError, Team};
 use crate::tokenizer::{Detokenizer, Tokenizer, TokenizerError};
+use crate::weights::{LoadOptions, Progress};
 use draft::Length;
 
 /// A loaded model with what is needed to run it. Sessions borrow it.
@@ -25,6 +26,22 @@ pub struct Engine {
     team: Team,
     kernels: Kernels,
     table: std::sync::OnceLock<TokenTable>,
+    options: EngineOptions,
+}
+
+/// How an engine runs.
+#[derive(Clone, Debug, Default)]
+pub struct EngineOptions {
+    /// Threads; `None`: the physical cores that the process may use.
+    pub threads: Option<usize>,
+    /// Threads for steps of several tokens (prompts); `None`: as many as for others.
+    pub threads_batch: Option<usize>,
+    /// Whether each thread stays on one CPU.
+    pub pinned: bool,
+    /// Kernel; `None`: the best.
+    pub kernel: Option<String>,
+    /// How the weights come to memory; `mlock` is for caches too.
+    pub load: LoadOptions,
 }
 
 /// Errors of a session.
@@ -37,6 +54,8 @@ pub enum SessionError {
     Tokenizer(#[from] TokenizerError),
     #[error(transparent)]
     Constraint(#[from] ConstraintError),
+    #[error(transparent)]
+    Pin(#[from] PinError),
     #[error("the prompt is empty: there is nothing to continue")]
     EmptyPrompt,
     #[error("the tokenizer has {tokenizer} tokens, the embedding {embedding}")]
@@ -46,17 +65,33 @@ pub enum SessionError {
 impl Engine {
     /// Loads the model at `path`. `threads`: default, the physical cores; `kernel`: default, the best.
     pub fn load(path: &Path, threads: Option<usize>, kernel: Option<&str>) -> Result<Self, SessionError> {
-        let kernels = Kernels::select(kernel).map_err(ModelError::from)?;
-        let team =
-            Team::new(threads.unwrap_or_else(crate::threads::default_threads)).map_err(ModelError::from)?;
-        let model = Model::load(path)?;
+        let kernel = kernel.map(str::to_owned);
+        Self::load_with(path, EngineOptions { threads, kernel, ..Default::default() }, &|_, _| {})
+    }
+
+    /// Loads the model at `path`; `progress` is told of bytes of it that have to be read.
+    pub fn load_with(
+        path: &Path,
+        options: EngineOptions,
+        progress: Progress<'_>,
+    ) -> Result<Self, SessionError> {
+        let kernels = Kernels::select(options.kernel.as_deref()).map_err(ModelError::from)?;
+        let threads = options.threads.unwrap_or_else(crate::threads::default_threads);
+        let most = threads.max(options.threads_batch.unwrap_or(0));
+        let options = EngineOptions { threads: Some(threads), ..options };
+        let model = Model::load_with(path, options.load, progress)?;
+        // After loading, whose threads would inherit the place of this one.
+        let team = match options.pinned {
+            true => Team::pinned(most)?,
+            false => Team::new(most).map_err(ModelError::from)?,
+        };
         let tokenizer = Tokenizer::from_gguf(model.weights().metadata())?;
         // Some embeddings are padded with rows that no token has; the other way round is an error.
         if tokenizer.vocab_size() > model.config().vocab {
             let embedding = model.config().vocab;
             return Err(SessionError::Vocabulary { tokenizer: tokenizer.vocab_size(), embedding });
         }
-        Ok(Self { model: Arc::new(model), tokenizer, team, kernels, table: Default::default() })
+        Ok(Self { model: Arc::new(model), tokenizer, team, kernels, table: Default::default(), options })
     }
 
     /// The model.
@@ -100,6 +135,12 @@ impl Engine {
     /// The kernels in use.
     pub fn kernels(&self) -> Kernels {
         self.kernels
+    }
+
+    /// Threads for a step of one token, and of several.
+    pub fn threads(&self) -> (usize, usize) {
+        let one = self.options.threads.unwrap_or(self.team.threads());
+        (one, self.options.threads_batch.unwrap_or(one))
     }
 
     /// What operations run with.
@@ -185,7 +226,10 @@ impl<'e> Session<'e> {
         let config = engine.model.config();
         let context = options.context.unwrap_or(config.trained_context.min(DEFAULT_CONTEXT)).max(2);
         let policy = engine.model.policy(&options.skip).map_err(ModelError::from)?;
-        let state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
+        let mut state = State::new(&engine.model, &engine.team, (context, options.batch), options.kv, policy);
+        if engine.options.load.mlock {
+            state.lock()?;
+        }
         Ok(Self {
             engine,
             state,
@@ -324,6 +368,8 @@ impl<'e> Session<'e> {
     }
 
     fn step(&mut self, tokens: &[u32], step: FfnStep) -> Result<(), SessionError> {
+        let (one, several) = self.engine.threads();
+        self.engine.team.use_threads(if tokens.len() == 1 { one } else { several });
         self.engine.model.forward(self.engine.compute(), &mut self.state, tokens, step)?;
         self.tokens.extend_from_slice(tokens);
         if step != FfnStep::Full {

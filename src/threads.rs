@@ -16,6 +16,8 @@
 //! for; and since the leader waits for every claimed chunk, the job that a successful claim belongs
 //! to is alive until that chunk is counted in `done`.
 
+mod affinity;
+
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::marker::PhantomData;
@@ -25,6 +27,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+pub use affinity::{AffinityError, keep_on};
+
+use crate::topology::{CpuSet, Topology};
+
 /// Spinning covers the gaps inside a forward pass (microseconds).
 const SPIN: Duration = Duration::from_micros(30);
 /// Yielding covers the gap between two tokens (sampling over a large vocabulary, printing): up to
@@ -33,23 +39,10 @@ const STAY_AWAKE: Duration = Duration::from_micros(1500);
 /// Largest number of chunks in one operation: the claim word has 16 bits for it.
 const MAX_CHUNKS: usize = u16::MAX as usize;
 
-/// Threads to use by default: the physical cores that this process may run on.
-///
-/// Sibling hardware threads share the units that the kernels keep busy, so they are not counted; the
-/// affinity mask and the cgroup's CPU quota are respected.
+/// Threads to use by default: the physical cores that this process may run on, within the cgroup's quota.
 pub fn default_threads() -> usize {
-    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-    physical_cores().map_or(allowed, |cores| allowed.min(cores)).max(1)
-}
-
-/// Distinct sets of sibling hardware threads, where the system tells.
-pub fn physical_cores() -> Option<usize> {
-    let cpus = std::fs::read_dir("/sys/devices/system/cpu").ok()?;
-    let siblings = cpus
-        .flatten()
-        .filter_map(|cpu| std::fs::read_to_string(cpu.path().join("topology/thread_siblings_list")).ok());
-    let cores: std::collections::HashSet<String> = siblings.collect();
-    (!cores.is_empty()).then_some(cores.len())
+    let counted = || std::thread::available_parallelism().map_or(1, usize::from);
+    Topology::detect().default_threads().unwrap_or_else(counted)
 }
 
 /// A job runs chunk `chunk` on worker `worker`.
@@ -64,6 +57,8 @@ struct Shared {
     bed: Mutex<()>,
     wake: Condvar,
     quit: AtomicBool,
+    /// Workers from this one on sleep.
+    active: AtomicUsize,
 }
 
 // SAFETY: `job` is the only field that is not `Sync`. It is written by the leader alone, while no
@@ -71,17 +66,48 @@ struct Shared {
 // `done` increment; the claim word orders the write before the read (Release/Acquire).
 unsafe impl Sync for Shared {}
 
+/// Why a team cannot be kept on its CPUs.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum PinError {
+    #[error(transparent)]
+    Affinity(#[from] AffinityError),
+    #[error("the threads cannot be started: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+}
+
 /// The threads that work on one operation at a time. See the module's description.
 pub struct Team {
     shared: Arc<Shared>,
     threads: usize,
     busy: AtomicBool,
+    /// Where the leader may run when the team is gone.
+    unpinned: Option<CpuSet>,
     _pool: Option<rayon::ThreadPool>,
 }
 
 impl Team {
-    /// A team of `threads` (at least 1), the calling thread being one of them.
+    /// A team of `threads` (at least 1), the calling thread being one of them. The system moves them between CPUs as
+    /// it sees fit.
     pub fn new(threads: usize) -> Result<Self, rayon::ThreadPoolBuildError> {
+        Self::start(threads, None)
+    }
+
+    /// A team whose threads, the calling one included, stay on one CPU each of those that this process may use.
+    ///
+    /// # Errors
+    /// The calling thread cannot be kept there.
+    pub fn pinned(threads: usize) -> Result<Self, PinError> {
+        let topology = Topology::detect();
+        let places = topology.places(threads);
+        let leader = CpuSet::from_iter(places.iter().take(1).copied());
+        let mut team = Self::start(threads, Some(places))?;
+        keep_on(&leader)?;
+        team.unpinned = Some(topology.allowed);
+        Ok(team)
+    }
+
+    fn start(threads: usize, places: Option<Vec<usize>>) -> Result<Self, rayon::ThreadPoolBuildError> {
         let threads = threads.clamp(1, 1024);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
@@ -92,6 +118,7 @@ impl Team {
             bed: Mutex::new(()),
             wake: Condvar::new(),
             quit: AtomicBool::new(false),
+            active: AtomicUsize::new(threads),
         });
         let pool = match threads {
             1 => None,
@@ -101,16 +128,38 @@ impl Team {
                     .thread_name(|i| format!("skiff-{}", i + 1))
                     .build()?;
                 let shared = shared.clone();
-                pool.spawn_broadcast(move |ctx| shared.work(ctx.index() + 1));
+                pool.spawn_broadcast(move |ctx| {
+                    let worker = ctx.index() + 1;
+                    if let Some(cpu) = places.as_ref().and_then(|places| places.get(worker)) {
+                        // The CPU is one of those that the process may use; should it be taken away in this very
+                        // moment, the worker runs elsewhere.
+                        let _ = affinity::set(&CpuSet::from_iter([*cpu]));
+                    }
+                    shared.work(worker);
+                });
                 Some(pool)
             }
         };
-        Ok(Self { shared, threads, busy: AtomicBool::new(false), _pool: pool })
+        Ok(Self { shared, threads, busy: AtomicBool::new(false), unpinned: None, _pool: pool })
     }
 
-    /// Number of threads, the leader included.
+    /// Number of threads, the leader included, those that [`use_threads`](Self::use_threads) put to sleep too.
     pub fn threads(&self) -> usize {
         self.threads
+    }
+
+    /// Number of threads that take part in operations.
+    pub fn active(&self) -> usize {
+        self.shared.active.load(Ordering::Relaxed)
+    }
+
+    /// From the next operation on, only so many threads (at least 1, at most all) take part; the others sleep.
+    pub fn use_threads(&self, threads: usize) {
+        let threads = threads.clamp(1, self.threads);
+        if self.shared.active.swap(threads, Ordering::SeqCst) < threads {
+            let _bed = self.shared.bed.lock().unwrap_or_else(PoisonError::into_inner);
+            self.shared.wake.notify_all();
+        }
     }
 
     /// Runs `job(worker, chunk)` for every chunk in `0..chunks` and returns when all are done.
@@ -119,7 +168,7 @@ impl Team {
     /// chunk is passed on after the others have finished. A call from inside a job runs serially.
     pub fn run(&self, chunks: usize, job: impl Fn(usize, usize) + Sync) {
         assert!(chunks <= MAX_CHUNKS, "{chunks} chunks in one operation");
-        if self.threads == 1 || chunks <= 1 || self.busy.swap(true, Ordering::Acquire) {
+        if self.active() == 1 || chunks <= 1 || self.busy.swap(true, Ordering::Acquire) {
             (0..chunks).for_each(|chunk| job(0, chunk));
             return;
         }
@@ -208,6 +257,10 @@ fn bounded_step(n: usize, step: usize) -> usize {
 
 impl Drop for Team {
     fn drop(&mut self) {
+        if let Some(cpus) = &self.unpinned {
+            // Should that fail, this thread stays on one CPU, which is slow but right.
+            let _ = affinity::set(cpus);
+        }
         self.shared.quit.store(true, Ordering::SeqCst);
         let _bed = self.shared.bed.lock().unwrap_or_else(PoisonError::into_inner);
         self.shared.wake.notify_all();
@@ -219,7 +272,10 @@ impl Shared {
     fn work(&self, worker: usize) {
         let mut idle = Idle::new();
         while !self.quit.load(Ordering::Relaxed) {
-            if self.claim_and_run(worker) {
+            if worker >= self.active.load(Ordering::Relaxed) {
+                self.sit_out(worker);
+                idle = Idle::new();
+            } else if self.claim_and_run(worker) {
                 idle = Idle::new();
             } else if !idle.pause() {
                 self.sleep();
@@ -232,7 +288,8 @@ impl Shared {
     fn claim_and_run(&self, worker: usize) -> bool {
         let seen = self.state.load(Ordering::Acquire);
         let (chunks, next) = (seen >> 16 & 0xffff, seen & 0xffff);
-        if next >= chunks {
+        // `state` is read before `active`: a worker that sees an operation sees who takes part in it.
+        if next >= chunks || worker >= self.active.load(Ordering::Relaxed) {
             return false;
         }
         if self.state.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
@@ -266,6 +323,14 @@ impl Shared {
             bed = self.wake.wait(bed).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Sleeps until `worker` is to take part again. It is no sleeper that a new operation has to wake.
+    fn sit_out(&self, worker: usize) {
+        let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
+        while worker >= self.active.load(Ordering::SeqCst) && !self.quit.load(Ordering::SeqCst) {
+            bed = self.wake.wait(bed).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Either the sleeper sees the new state, or this sees the sleeper (both sides fence).
@@ -407,6 +472,54 @@ mod tests {
             team.run(10, |_, i| _ = sum.fetch_add(i, Ordering::Relaxed));
             assert_eq!(sum.into_inner(), 45);
         }
+    }
+
+    #[test]
+    fn only_active_threads_take_part() {
+        let team = Team::new(4).unwrap();
+        for active in [4, 1, 2, 9, 3, 0] {
+            team.use_threads(active);
+            assert_eq!(team.active(), active.clamp(1, 4));
+            for _ in 0..50 {
+                let counts: Vec<AtomicUsize> = (0..64).map(|_| AtomicUsize::new(0)).collect();
+                team.run(64, |worker, i| {
+                    assert!(worker < team.active(), "worker {worker} of {}", team.active());
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+        // Those that slept take part again: with a chunk each that waits for the others, all are needed.
+        team.use_threads(4);
+        let all_here = std::sync::Barrier::new(4);
+        team.run(4, |_, _| _ = all_here.wait());
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn pinned_threads_stay_on_one_cpu_each() {
+        let allowed = Topology::detect().allowed;
+        if allowed.is_empty() {
+            println!("SKIPPED: a test that needs a system that tells its CPUs");
+            return;
+        }
+        let places = Topology::detect().places(3);
+        let everywhere = allowed.clone();
+        // In a thread of its own: pinning stays with the leader.
+        let seen = std::thread::spawn(move || {
+            let team = Team::pinned(3).unwrap();
+            let all_here = std::sync::Barrier::new(3);
+            let seen = Mutex::new(vec![CpuSet::default(); 3]);
+            team.run(3, |worker, _| {
+                all_here.wait();
+                seen.lock().unwrap()[worker] = Topology::detect().allowed;
+            });
+            drop(team);
+            assert_eq!(Topology::detect().allowed, everywhere, "the leader is free again");
+            seen.into_inner().unwrap()
+        });
+        let want: Vec<CpuSet> = places.iter().map(|&cpu| CpuSet::from_iter([cpu])).collect();
+        assert_eq!(seen.join().unwrap(), want, "of {allowed}");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
-use skiff::skip::{FfnSkip, Never, SkipPolicy};
+use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::Team;
 
 /// Allocations and growths of all threads, so far.
@@ -48,6 +48,23 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
+/// The same thresholds everywhere.
+#[derive(Clone)]
+struct CutAll(Cut);
+
+impl SkipPolicy for CutAll {
+    fn name(&self) -> &'static str {
+        "cut-all"
+    }
+    fn begin_token(&mut self, _: usize) {}
+    fn decide(&mut self, _: usize) -> Decision {
+        Decision::Cut(self.0)
+    }
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}
+
 /// Positions enough to fill several tiles of attention.
 const CONTEXT: usize = 200;
 
@@ -80,16 +97,21 @@ fn decoding_allocates_nothing() {
     assert_eq!(COUNT.load(Ordering::SeqCst) - before, 1, "the count works");
     let mut failures = Vec::new();
     for ty in [GgmlType::Q4_1, GgmlType::F16] {
-        let model = ModelFile::llama(WIDE, ty).load().unwrap();
+        let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
+        let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
+        let team = Team::new(1).unwrap();
+        let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+        model.prepare_cuts(on, plan, |_, _| {}).unwrap();
         for threads in [1, 2] {
             let team = Team::new(threads).unwrap();
             // Threads allocate as they start: each must hold a chunk before counting begins.
             let all_here = Barrier::new(threads);
             team.run(threads, |_, _| _ = all_here.wait());
             for kernels in Kernels::available().filter(|k| k.name() != "scalar" || threads == 1) {
-                for kv in [KvType::F16, KvType::Q8_0] {
+                for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
-                    let policies: [Box<dyn SkipPolicy>; 2] = [Box::new(Never), Box::new(skip)];
+                    let cut = CutAll(Cut { inputs: 0.3, inner: 0.1 });
+                    let policies: [Box<dyn SkipPolicy>; 3] = [Box::new(Never), Box::new(skip), Box::new(cut)];
                     for policy in policies {
                         let name = policy.name();
                         let n = decode(&model, Compute { team: &team, kernels }, kv, policy);

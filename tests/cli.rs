@@ -5,8 +5,9 @@ mod common;
 use std::path::{Path, PathBuf};
 
 use assert_cmd::Command;
+use common::models::{ModelFile, WIDE};
 use serde_json::Value;
-use skiff::gguf::{Builder, StringArray};
+use skiff::gguf::{Builder, GgmlType, StringArray};
 
 /// Runs `skiff` with these arguments and an empty stdin.
 fn skiff(args: &[&str]) -> Outcome {
@@ -168,7 +169,11 @@ fn info_describes_the_machine_and_a_file_that_cannot_run() {
     let kernels = info["kernels"].as_array().unwrap();
     assert_eq!(kernels.iter().filter(|k| k["state"] == "chosen").count(), 1, "{info}");
     assert!(kernels.iter().any(|k| k["kernel"] == "scalar" && k["available"] == true));
-    assert!(info["machine"]["allowed_threads"].as_u64() >= Some(1));
+    let machine = &info["machine"];
+    assert!(machine["physical_cores"].as_u64() >= Some(1) && machine["allowed_cpus"].is_string(), "{info}");
+    if cfg!(target_os = "linux") {
+        assert!(machine["core_kinds"][0]["cores"].as_u64() >= Some(1), "{info}");
+    }
 
     let dir = tempfile::tempdir().unwrap();
     let path = vocabulary(dir.path());
@@ -370,6 +375,19 @@ fn a_long_chat_forgets_its_oldest_turns() {
     assert!(outcome.stderr.contains("oldest turn was forgotten"), "{outcome:?}");
 }
 
+/// The default model's calibration is built in: `auto` works at once, and says what was measured.
+#[test]
+fn skip_auto_works_from_the_first_run() {
+    let Some(path) = common::smollm2() else { return };
+    let always = ["run", "-m", as_str(&path), "--raw", "--temp", "0", "-n", "40", "--ignore-eos"];
+    let outcome = skiff(&[&always[..], &["--skip", "auto", "Once upon a time"]].concat());
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    let announced = outcome.stderr.lines().find(|line| line.starts_with("skip auto: cut at ratio"));
+    assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
+    let static_ = skiff(&[&always[..], &["--skip", "static", "--skip-ratio", "0.1", "Once"]].concat());
+    assert_eq!(static_.code, Some(0), "{static_:?}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_reader_that_leaves_ends_it_quietly() {
@@ -411,4 +429,112 @@ fn ctrl_c_keeps_the_text_so_far() {
     assert_eq!(output.status.code(), Some(130));
     assert!(rest.ends_with('\n'), "{rest:?}");
     assert!(String::from_utf8_lossy(&output.stderr).contains("interrupted"));
+}
+
+/// The model of `bench` tests with a vocabulary, so that it can be run.
+fn runnable(dir: &Path) -> PathBuf {
+    let mut file = ModelFile::llama(WIDE, GgmlType::Q4_0);
+    let special = ["<unk>", "<s>", "</s>"].map(String::from);
+    let bytes = (0..256).map(|b| format!("<0x{b:02X}>"));
+    let tokens: StringArray = special.into_iter().chain(bytes).collect();
+    let kinds: Vec<i32> = [2, 3, 3].into_iter().chain([6; 256]).collect();
+    file.set_key("tokenizer.ggml.model", "llama");
+    file.set_key("tokenizer.ggml.scores", vec![0f32; kinds.len()]);
+    file.set_key("tokenizer.ggml.token_type", kinds);
+    file.set_key("tokenizer.ggml.tokens", tokens);
+    let path = dir.join("runnable.gguf");
+    file.write(&path);
+    path
+}
+
+fn run_raw(model: &Path, flags: &[&str]) -> Outcome {
+    let always =
+        ["run", "-m", as_str(model), "--raw", "--temp", "0", "-n", "8", "--ignore-eos", "--stats-json"];
+    skiff(&[&always, flags, &["ab ab ab"]].concat())
+}
+
+#[test]
+fn threads_and_memory_change_no_text() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = runnable(dir.path());
+    let text = run_raw(&model, &["-t", "1"]).ok();
+    let first = skiff::topology::Topology::detect().allowed.iter().next().unwrap_or(0);
+    let mask = format!("{:x}{}", 1 << (first % 4), "0".repeat(first / 4));
+    let range = format!("{first}-{first}");
+    for flags in [
+        &["--no-mmap"][..],
+        &["-t", "1", "--threads-batch", "3"],
+        &["-t", "3", "--threads-batch", "1", "--cpu-strict"],
+        &["--cpu-mask", &mask],
+        &["--cpu-range", &range, "-t", "2"],
+    ] {
+        let outcome = run_raw(&model, flags);
+        assert_eq!((outcome.code, &outcome.stdout), (Some(0), &text), "{flags:?}: {outcome:?}");
+    }
+    let statistics = run_raw(&model, &["-t", "1", "--threads-batch", "3"]).stderr;
+    assert!(statistics.contains("\"threads\":1,\"threads_batch\":3"), "{statistics}");
+    // One CPU, so one thread unasked.
+    let statistics = run_raw(&model, &["--cpu-mask", &mask]).stderr;
+    assert!(statistics.contains("\"threads\":1,\"threads_batch\":1"), "{statistics}");
+}
+
+#[test]
+fn cpus_that_are_not_there_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = runnable(dir.path());
+    let far = format!("8{}", "0".repeat(2047));
+    let error = run_raw(&model, &["--cpu-mask", &far]).error(1);
+    assert!(error.starts_with("CPU 8191 is not among those that this process may use ("), "{error}");
+    for wrong in
+        [&["--cpu-mask", "0"][..], &["--cpu-mask", "xyz"], &["--cpu-range", "3"], &["--cpu-range", "4-2"]]
+    {
+        assert_eq!(run_raw(&model, wrong).code, Some(2), "{wrong:?}");
+    }
+}
+
+/// Without the right to lock (which root has) and with a limit of 64 KiB, `--mlock` fails and tells what to do; where
+/// locking is allowed, the text is the same.
+#[test]
+#[cfg(target_os = "linux")]
+fn mlock_locks_or_says_why_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = runnable(dir.path());
+    let command = format!(
+        "ulimit -l 64 || exit; drop='setpriv --bounding-set -ipc_lock --inh-caps -ipc_lock'
+         test $(id -u) = 0 || drop=
+         exec $drop '{}' run -m '{}' -n 2 --raw --mlock hi",
+        env!("CARGO_BIN_EXE_skiff"),
+        as_str(&model)
+    );
+    let output = std::process::Command::new("sh").args(["-c", &command]).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    if !error.starts_with("error: ") {
+        common::note_skip(&format!("setpriv and the right to lower a limit: {error}"));
+    } else {
+        assert_eq!((output.status.code(), output.stdout.len()), (Some(1), 0), "{error}");
+        assert!(error.starts_with("error: --mlock: ") && error.contains("runnable.gguf"), "{error}");
+        assert!(
+            error.contains("RLIMIT_MEMLOCK is 65536 bytes: raise it with `ulimit -l unlimited`"),
+            "{error}"
+        );
+    }
+    let locked = run_raw(&model, &["-t", "1", "--mlock"]);
+    match locked.code {
+        Some(0) => assert_eq!(locked.stdout, run_raw(&model, &["-t", "1"]).ok()),
+        _ => assert!(locked.error(1).contains("RLIMIT_MEMLOCK")),
+    }
+}
+
+/// A file of a terabyte of holes is refused before memory is asked for.
+#[test]
+#[cfg(target_os = "linux")]
+fn no_mmap_refuses_what_does_not_fit_in_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = runnable(dir.path());
+    let file = std::fs::File::options().write(true).open(&model).unwrap();
+    if file.set_len(1 << 42).is_err() {
+        return common::note_skip("a file system with files of 4 TiB");
+    }
+    let error = run_raw(&model, &["--no-mmap"]).error(1);
+    assert!(error.contains("runnable.gguf: 4398046511104 bytes are more than the "), "{error}");
 }

@@ -3,7 +3,9 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use common::models::{ModelFile, Shape, WIDE};
 use proptest::prelude::*;
@@ -64,7 +66,7 @@ fn tokens_of_a_step_are_computed_as_if_alone() {
         for shape in [WIDE, GROUPED] {
             let model = ModelFile::llama(shape, ty).load().unwrap();
             for kernels in Kernels::available() {
-                for (threads, kv) in [(1, KvType::F16), (3, KvType::Q8_0)] {
+                for (threads, kv) in [(1, KvType::F16), (3, KvType::Q8_0), (2, KvType::F32)] {
                     let team = Team::new(threads).unwrap();
                     let on = Compute { team: &team, kernels };
                     // The last step crosses into another tile of attention.
@@ -130,7 +132,12 @@ struct Request {
     skip: SkipOptions,
     /// Pieces after which the reader goes away, to ask for the rest later.
     pause: usize,
+    /// Seconds of the generations so far.
+    seconds: Cell<f64>,
 }
+
+/// The pieces, why it ended, and what the session holds then.
+type Outcome = (Vec<(u32, String)>, Option<End>, Vec<u32>, DraftStats);
 
 impl Request {
     fn greedy(prompt: Vec<u32>, n: usize) -> Self {
@@ -147,15 +154,11 @@ impl Request {
             // Random weights turn the stream more than those of real models.
             skip: SkipOptions { cold: Some((0, 2)), ..skipping(-1.0) },
             pause: usize::MAX,
+            seconds: Cell::default(),
         }
     }
 
-    /// The pieces, why it ended, and what the session holds then.
-    fn run(
-        &self,
-        engine: &Engine,
-        draft: DraftOptions,
-    ) -> (Vec<(u32, String)>, Option<End>, Vec<u32>, DraftStats) {
+    fn run(&self, engine: &Engine, draft: DraftOptions) -> Outcome {
         let skip = match draft.mode {
             DraftMode::Skip => self.skip.clone(),
             _ => SkipOptions::default(),
@@ -179,6 +182,7 @@ impl Request {
         let grammar = |grammar| Constraint::grammar(grammar, engine.token_table().unwrap()).unwrap();
         let mut constraint = self.grammar.map(grammar);
         let (mut pieces, mut end) = (Vec::new(), None);
+        let started = Instant::now();
         for n in [self.pause.min(self.n), self.n.saturating_sub(self.pause)].into_iter().filter(|&n| n > 0) {
             let sampling = Sampling {
                 sampler: &mut sampler,
@@ -195,6 +199,7 @@ impl Request {
             }
             end = end.or(generation.end());
         }
+        self.seconds.set(self.seconds.get() + started.elapsed().as_secs_f64());
         let stats = session.draft_stats();
         (pieces, end, session.tokens().to_vec(), stats)
     }
@@ -272,63 +277,147 @@ proptest! {
     }
 }
 
-/// Questions, and texts to go on with, from the evaluation data; `None`, loudly, where they are not.
-fn real_prompts(engine: &Engine, n: usize) -> Option<Vec<Vec<u32>>> {
-    let read = |file: &str| {
-        let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../shared/data", file].iter().collect();
-        let text = std::fs::read_to_string(path);
-        text.inspect_err(|_| common::note_skip(&format!("the data file {file}"))).ok()
-    };
-    let (questions, articles) = (read("freebaseqa/dev.txt")?, read("wikitext2/valid.txt")?);
-    let template = ChatTemplate::from_gguf(engine.metadata()).unwrap();
-    let question = |line: &str| {
-        let question = Message::new("user", line.split('|').next().unwrap_or(line).trim());
-        let prompt = template.render(&[question], true, "", "").unwrap();
-        prompt.encode(engine.tokenizer()).unwrap()
-    };
-    let beginning = |line: &str| {
-        let text: String = line.chars().take(400).collect();
-        engine.tokenizer().encode(&text, EncodeOptions::default()).unwrap()
-    };
-    let articles = articles.lines().filter(|line| line.len() > 200).map(beginning);
-    let both = questions.lines().map(question).zip(articles).flat_map(|(q, a)| [q, a]);
-    Some(both.take(n).collect())
+/// A text of the evaluation data; `None`, loudly, where it is not.
+fn data(file: &str) -> Option<String> {
+    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../shared/data", file].iter().collect();
+    let text = std::fs::read_to_string(path);
+    text.inspect_err(|_| common::note_skip(&format!("the data file {file}"))).ok()
 }
 
-fn check_real_model(prompts: usize, n: usize, drafts: &[DraftOptions]) {
-    let Some(path) = common::smollm2() else { return };
-    let engine = Engine::load(&path, Some(2), None).unwrap();
-    let Some(prompts) = real_prompts(&engine, prompts) else { return };
-    let mut all = vec![DraftStats::default(); drafts.len()];
-    for prompt in prompts {
-        let request = Request { ignore_eos: false, skip: skipping(0.98), ..Request::greedy(prompt, n) };
-        for (draft, all) in drafts.iter().zip(&mut all) {
-            let stats = request.check(&engine, *draft);
-            all.steps += stats.steps;
-            all.drafted += stats.drafted;
-            all.accepted += stats.accepted;
+/// Instructions of MT-Bench, trivia questions, and beginnings of source files to go on with, in turn.
+fn real_prompts(engine: &Engine, n: usize) -> Option<Vec<Vec<u32>>> {
+    let template = ChatTemplate::from_gguf(engine.metadata()).unwrap();
+    let chat = |text: &str| {
+        let prompt = template.render(&[Message::new("user", text.trim())], true, "", "").unwrap();
+        prompt.encode(engine.tokenizer()).unwrap()
+    };
+    let first_turn = |line: &str| {
+        let question: serde_json::Value = serde_json::from_str(line).unwrap();
+        chat(question["turns"][0].as_str().unwrap())
+    };
+    let (tasks, trivia) = (data("mt_bench/question.jsonl")?, data("freebaseqa/dev.txt")?);
+    let mut tasks = tasks.lines().map(first_turn);
+    let mut trivia = trivia.lines().map(|line| chat(line.split('|').next().unwrap_or(line)));
+    let sources = source_files();
+    let begins = |source: &String| {
+        let text: String = source.chars().take(800).collect();
+        engine.tokenizer().encode(&text, EncodeOptions::default()).unwrap()
+    };
+    let mut sources = sources.iter().map(begins);
+    let mut prompts = Vec::new();
+    while prompts.len() < n {
+        let round = [tasks.next(), sources.next(), trivia.next()];
+        assert!(round[2].is_some(), "fewer than {n} prompts");
+        prompts.extend(round.into_iter().flatten());
+    }
+    prompts.truncate(n);
+    Some(prompts)
+}
+
+/// The sources of these tests and of their modules, those that a prompt can be made of.
+fn source_files() -> Vec<String> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let folders = ["tests", "src/model", "src/ops", "src/sampler", "src/eval", "src/cli", "src/gguf"];
+    let files = folders.iter().flat_map(|folder| std::fs::read_dir(root.join(folder)).unwrap());
+    let mut paths: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
+    paths.retain(|path| path.extension().is_some_and(|e| e == "rs"));
+    paths.sort();
+    paths.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect()
+}
+
+/// What a way to generate came to.
+#[derive(Default)]
+struct Sum {
+    different: usize,
+    tokens: usize,
+    seconds: f64,
+    stats: DraftStats,
+}
+
+impl Sum {
+    fn print(&self, what: &str, plain: &Sum) {
+        let speed = |sum: &Sum| sum.tokens as f64 / sum.seconds;
+        println!(
+            "{what}: {} texts differ, {} tokens, {:.2} tokens/s, x {:.3}, {:?}",
+            self.different,
+            self.tokens,
+            speed(self),
+            speed(self) / speed(plain),
+            self.stats
+        );
+    }
+}
+
+/// Generates `n` tokens after each of some prompts, without drafts and with each of `drafts` in turn. No text may differ.
+fn check_real_model(
+    engine: &Engine,
+    skip: &SkipOptions,
+    (prompts, n): (usize, usize),
+    drafts: &[DraftOptions],
+) {
+    let Some(prompts) = real_prompts(engine, prompts) else { return };
+    let mut plain = Sum::default();
+    let mut sums: Vec<Sum> = drafts.iter().map(|_| Sum::default()).collect();
+    let count = prompts.len();
+    for (i, prompt) in prompts.into_iter().enumerate() {
+        let request = Request { ignore_eos: false, skip: skip.clone(), ..Request::greedy(prompt, n) };
+        let run = |draft: DraftOptions, sum: &mut Sum| {
+            let (pieces, end, tokens, stats) = request.run(engine, draft);
+            sum.tokens += pieces.len();
+            sum.seconds += request.seconds.take();
+            sum.stats.steps += stats.steps;
+            sum.stats.drafted += stats.drafted;
+            sum.stats.accepted += stats.accepted;
+            (pieces, end, tokens)
+        };
+        let expected = run(DraftOptions::default(), &mut plain);
+        for (draft, sum) in drafts.iter().zip(&mut sums) {
+            sum.different += usize::from(run(*draft, sum) != expected);
+        }
+        if i % 20 == 19 || i + 1 == count {
+            println!("after {} prompts, {} tokens each at most", i + 1, n);
+            plain.print("without", &plain);
+            drafts.iter().zip(&sums).for_each(|(draft, sum)| sum.print(&format!("{draft:?}"), &plain));
         }
     }
-    for (draft, all) in drafts.iter().zip(all) {
-        println!("{draft:?}: {all:?}");
-        assert!(all.accepted > 0, "{draft:?} {all:?}");
+    for (draft, sum) in drafts.iter().zip(sums) {
+        assert_eq!(sum.different, 0, "{draft:?}");
+        assert!(sum.stats.accepted > 0, "{draft:?} {:?}", sum.stats);
     }
 }
 
 #[test]
 fn greedy_text_of_a_real_model_is_the_same_byte_for_byte() {
-    check_real_model(4, 40, &[fixed(DraftMode::Lookup, 8), fixed(DraftMode::Skip, 3)]);
+    let Some(path) = common::smollm2() else { return };
+    let engine = Engine::load(&path, Some(2), None).unwrap();
+    let drafts = [fixed(DraftMode::Lookup, 8), fixed(DraftMode::Skip, 3)];
+    check_real_model(&engine, &skipping(0.98), (4, 40), &drafts);
 }
 
-/// `SKIFF_PROMPTS=200` for the full number.
+/// `SKIFF_PROMPTS=200` for the full number, `SKIFF_TOKENS` after each, `SKIFF_MODEL=FILE` for another model,
+/// `SKIFF_CUT=RATIO` to draft by `--skip cut` with the calibration beside the model. Speeds are printed; they count
+/// with `--profile quick`.
 #[test]
-#[ignore = "generates a hundred tokens after each of many prompts"]
+#[ignore = "generates texts after many prompts"]
 fn greedy_text_after_many_prompts_is_the_same_byte_for_byte() {
-    let prompts = std::env::var("SKIFF_PROMPTS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
-    let adaptive = DraftOptions { mode: DraftMode::Lookup, ..Default::default() };
-    check_real_model(
-        prompts,
-        100,
-        &[fixed(DraftMode::Lookup, MAX_DRAFT), fixed(DraftMode::Skip, 3), adaptive],
-    );
+    let number = |name: &str, default| std::env::var(name).map_or(default, |n| n.parse().expect(name));
+    let path = std::env::var("SKIFF_MODEL").ok().map(PathBuf::from).or_else(common::smollm2);
+    let Some(path) = path else { return };
+    let mut engine = Engine::load(&path, Some(2), None).unwrap();
+    let ratio: f32 = std::env::var("SKIFF_CUT").map_or(0.0, |ratio| ratio.parse().expect("SKIFF_CUT"));
+    let mut skip = skipping(0.98);
+    if ratio > 0.0 {
+        let (model, on) = engine.model_mut().unwrap();
+        model.load_calibration(&path.with_extension("skip.gguf")).unwrap();
+        skip = SkipOptions { mode: SkipMode::Cut, ratio: Some(ratio), threshold: None, ..skip };
+        model.prepare_skip(on, &skip, |_, _| {}).unwrap();
+    }
+    let adaptive = |mode| DraftOptions { mode, ..Default::default() };
+    let drafts = [
+        adaptive(DraftMode::Lookup),
+        fixed(DraftMode::Lookup, MAX_DRAFT),
+        adaptive(DraftMode::Skip),
+        fixed(DraftMode::Skip, 4),
+    ];
+    check_real_model(&engine, &skip, (number("SKIFF_PROMPTS", 20), number("SKIFF_TOKENS", 64)), &drafts);
 }

@@ -10,7 +10,7 @@ use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, ModelError, State};
 use skiff::ops::Compute;
-use skiff::skip::{Decision, FfnSkip, Never, SkipPolicy};
+use skiff::skip::{Cut, CutPlan, CutSide, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::Team;
 
 const GOVERNED: FfnStep = FfnStep::Governed { index: 0 };
@@ -194,7 +194,7 @@ fn threads_do_not_change_a_bit() {
     for model in [&small(GgmlType::F16), quantised()] {
         let ids = ids(33, model.config().vocab);
         for kernels in Kernels::available() {
-            for kv in [KvType::F16, KvType::Q8_0] {
+            for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
                 for batches in [&[512][..], &[1], &[7]] {
                     let run = |threads| Run { kernels, threads, batches, kv, ..Run::new(model) }.logits(&ids);
                     let one = bits(&run(1));
@@ -217,6 +217,21 @@ fn a_cache_of_8_bits_is_close() {
         let distance = mean_distance(&q8, &full);
         // Not equal: the option must do something. Close: 8 bits in blocks of 32 are 0.4 % of the largest.
         assert!((1e-4..0.1).contains(&distance), "{batches:?}: {distance}");
+    }
+}
+
+/// One in f32 is nearer to the exact logits than one in f16, by far.
+#[test]
+fn a_cache_in_f32_rounds_nothing() {
+    let model = small(GgmlType::F32);
+    let ids = ids(40, model.config().vocab);
+    for batches in [&[512][..], &[1]] {
+        let with = |kv| Run { kv, batches, ..Run::new(&model) }.logits(&ids);
+        // The scalar kernel sums in another order.
+        let scalar = Kernels::select(Some("scalar")).unwrap();
+        let exact = Run { kv: KvType::F32, kernels: scalar, ..Run::new(&model) }.logits(&ids);
+        let [f32s, f16s] = [KvType::F32, KvType::F16].map(|kv| distance(&with(kv), &exact));
+        assert!(f32s < 1e-5 && f16s > 1e-4, "{batches:?}: {f32s} in f32, {f16s} in f16");
     }
 }
 
@@ -269,7 +284,7 @@ fn a_truncated_sequence_continues_like_a_fresh_one() {
     let ids = ids(30, model.config().vocab);
     let team = Team::new(2).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    for kv in [KvType::F16, KvType::Q8_0] {
+    for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
         let fresh = || State::new(model, &team, (64, 64), kv, Box::new(Never));
         let mut state = fresh();
         step(model, on, &mut state, &ids[..20], FfnStep::Full);
@@ -295,9 +310,12 @@ fn a_context_shift_equals_a_fresh_evaluation_for_one_layer() {
     yarn.set_key("llama.rope.scaling.type", "yarn");
     yarn.set_key("llama.rope.scaling.factor", 4f32);
     let plain = ModelFile::llama(Shape { layers: 1, ..WIDE }, GgmlType::F16);
-    for (file, kv, tolerance) in
-        [(&plain, KvType::F16, 5e-3), (&yarn, KvType::F16, 5e-3), (&plain, KvType::Q8_0, 0.1)]
-    {
+    for (file, kv, tolerance) in [
+        (&plain, KvType::F32, 1e-4),
+        (&plain, KvType::F16, 5e-3),
+        (&yarn, KvType::F16, 5e-3),
+        (&plain, KvType::Q8_0, 0.1),
+    ] {
         let model = file.load().unwrap();
         let team = Team::new(2).unwrap();
         let on = Compute { team: &team, kernels: best() };
@@ -490,4 +508,146 @@ fn cosines_are_those_of_the_stream() {
     let want = dot(&before, &after) / (dot(&before, &before) * dot(&after, &after)).sqrt();
     assert!(want < 0.999, "an FFN that turns the stream");
     assert!((cosines[0].unwrap() - want).abs() < 1e-5, "{cosines:?} {want}");
+}
+
+// ---- cuts
+
+/// The same thresholds everywhere.
+#[derive(Clone)]
+struct CutAll(Cut);
+
+impl SkipPolicy for CutAll {
+    fn name(&self) -> &'static str {
+        "cut-all"
+    }
+    fn begin_token(&mut self, _: usize) {}
+    fn decide(&mut self, _: usize) -> Decision {
+        Decision::Cut(self.0)
+    }
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}
+
+/// Centres and weights that differ from entry to entry.
+fn plan(shape: Shape, centre: f32) -> CutPlan {
+    let wave = |n: usize, size: f32| (0..n).map(|i| size * (i as f32 * 0.7).sin()).collect::<Vec<f32>>();
+    let side = |n: usize| CutSide {
+        centre: if centre == 0.0 { Vec::new() } else { wave(n, centre) },
+        weight: wave(n, 0.5).iter().map(|w| 1.0 + w).collect(),
+    };
+    let layer = LayerCut { inputs: side(shape.embedding), inner: side(shape.ffn) };
+    CutPlan { layers: vec![Some(layer); shape.layers] }
+}
+
+fn prepared(ty: GgmlType, centre: f32, by_columns: bool) -> Model {
+    let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
+    let team = Team::new(2).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let plan = plan(WIDE, centre);
+    match by_columns {
+        true => model.prepare_cuts(on, plan, |_, _| {}).unwrap(),
+        false => model.prepare_cuts_by_rows(on, plan, |_, _| {}).unwrap(),
+    }
+    model
+}
+
+/// Logits and share of bytes unread of `model` under a cut.
+fn cut(model: &Model, threads: usize, batch: usize, cut: Cut) -> (Vec<f32>, f64) {
+    let tokens = ids(9, WIDE.vocab);
+    let team = Team::new(threads).unwrap();
+    let mut logits = Vec::new();
+    let on = Compute { team: &team, kernels: best() };
+    let mut state = State::new(model, &team, (tokens.len(), 512), KvType::F16, Box::new(CutAll(cut)));
+    for tokens in tokens.chunks(batch) {
+        logits.extend(step(model, on, &mut state, tokens, GOVERNED));
+    }
+    let share = state.stats().weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64);
+    (logits, share)
+}
+
+const DEEP: Cut = Cut { inputs: 0.6, inner: 0.1 };
+
+#[test]
+fn a_cut_of_nothing_is_the_full_model() {
+    for ty in [GgmlType::Q4_1, GgmlType::Q6_K, GgmlType::Q8_0, GgmlType::F16] {
+        for centre in [0.0, 0.3] {
+            for by_columns in [false, true] {
+                let model = prepared(ty, centre, by_columns);
+                let full = Run::new(&model).logits(&ids(9, WIDE.vocab));
+                let (none, _) = cut(&model, 1, 1, Cut { inputs: 0.0, inner: 0.0 });
+                let distance = mean_distance(&none, &full);
+                // Centred activations round otherwise, and scales by column have 8 bits.
+                assert!(distance < 0.03, "{ty} {centre} {by_columns}: {distance}");
+            }
+        }
+    }
+}
+
+#[test]
+fn columns_give_what_rows_with_zeros_give() {
+    for ty in
+        [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q4_K, GgmlType::Q5_K, GgmlType::Q6_K, GgmlType::IQ4_NL]
+    {
+        let (rows, columns) = (prepared(ty, 0.2, false), prepared(ty, 0.2, true));
+        let (full, _) = cut(&rows, 1, 9, Cut { inputs: 0.0, inner: 0.0 });
+        let (want, share) = cut(&rows, 1, 9, DEEP);
+        assert!((0.2..0.9).contains(&share), "{ty}: {share} left out");
+        let depth = mean_distance(&want, &full);
+        for batch in [1, 3, 9] {
+            let (got, counted) = cut(&columns, 1, batch, DEEP);
+            let distance = mean_distance(&got, &want);
+            assert!(distance < 0.15 * depth, "{ty} {batch}: {distance}, the cut itself {depth}");
+            assert!((counted - share).abs() < 0.02, "{ty} {batch}: {counted} {share}");
+        }
+    }
+}
+
+#[test]
+fn cuts_do_not_depend_on_the_threads() {
+    let model = prepared(GgmlType::Q4_K, 0.2, true);
+    for batch in [1, 9] {
+        assert_eq!(bits(&cut(&model, 1, batch, DEEP).0), bits(&cut(&model, 3, batch, DEEP).0), "{batch}");
+    }
+}
+
+/// With everything left out an FFN gives what its centres give: the same for every token.
+#[test]
+fn what_is_left_out_counts_as_its_centre() {
+    let all = Cut { inputs: f32::INFINITY, inner: f32::INFINITY };
+    for by_columns in [false, true] {
+        let (none, share) = cut(&prepared(GgmlType::Q8_0, 0.0, by_columns), 1, 1, all);
+        let (centred, _) = cut(&prepared(GgmlType::Q8_0, 0.3, by_columns), 1, 1, all);
+        assert!(share > 0.9, "{share}");
+        let file = ModelFile::llama(WIDE, GgmlType::Q8_0);
+        let mut without = file.clone();
+        for i in 0..WIDE.layers {
+            without.fill_tensor(&format!("blk.{i}.ffn_down.weight"), 0.0);
+        }
+        let want = Run::new(&without.load().unwrap()).logits(&ids(9, WIDE.vocab));
+        let (none, centred) = (mean_distance(&none, &want), mean_distance(&centred, &want));
+        assert!(none < 0.02, "an FFN that is left out adds nothing: {none}");
+        assert!(centred > 0.1, "centres add something: {centred}");
+    }
+}
+
+#[test]
+fn plans_that_do_not_fit_are_refused() {
+    let mut model = small(GgmlType::F32);
+    let team = Team::new(1).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let mut refused = |change: &dyn Fn(&mut CutPlan)| {
+        let mut wrong = plan(SMALL, 0.5);
+        change(&mut wrong);
+        let error = model.prepare_cuts(on, wrong, |_, _| {}).unwrap_err();
+        assert!(!model.has_cuts());
+        error
+    };
+    assert!(matches!(refused(&|p| _ = p.layers.pop()), ModelError::CutLayers { found: 2, layers: 3 }));
+    let shape = refused(&|p| _ = p.layers[1].as_mut().unwrap().inner.centre.pop());
+    assert!(matches!(shape, ModelError::CutShape { layer: 1, found: 95, expected: 96, .. }), "{shape}");
+    let nan = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = f32::NAN);
+    assert!(matches!(nan, ModelError::CutValue { layer: 2, index: 5, .. }), "{nan}");
+    let negative = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = -1.0);
+    assert!(matches!(negative, ModelError::CutValue { .. }), "{negative}");
 }

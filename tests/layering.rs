@@ -10,19 +10,24 @@ const ALL: &[&str] = &["*"];
 
 /// Every top-level module and the ones that it may use. The order is that of the data's way.
 const ARROWS: &[(&str, &[&str])] = &[
+    ("memory", &[]),
+    ("topology", &[]),
     ("gguf", &[]),
     ("quant", &["gguf"]),
-    ("weights", &["gguf", "quant"]),
+    ("weights", &["gguf", "quant", "memory", "topology"]),
     ("kernels", &["gguf", "quant"]),
-    ("threads", &[]),
-    ("machine", &["threads"]),
-    ("ops", &["kernels", "threads", "quant", "gguf"]),
+    ("threads", &["topology"]),
+    ("machine", &["threads", "topology", "kernels", "memory"]),
+    ("ops", &["kernels", "threads", "quant", "gguf", "memory"]),
     ("skip", &["gguf", "quant"]),
-    ("model", &["weights", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
+    ("model", &["weights", "memory", "quant", "ops", "threads", "kernels", "skip", "gguf"]),
     ("tokenizer", &["gguf"]),
     ("sampler", &["tokenizer"]),
     ("chat", &["gguf", "tokenizer"]),
-    ("session", &["model", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"]),
+    (
+        "session",
+        &["model", "weights", "kernels", "ops", "tokenizer", "sampler", "skip", "threads", "chat", "gguf"],
+    ),
     (
         "eval",
         &[
@@ -39,7 +44,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "sampler",
         ],
     ),
-    ("pull", &[]),
+    ("pull", &["memory"]),
     ("serve", &["session", "model", "tokenizer", "sampler", "skip", "chat"]),
     ("cli", ALL),
 ];

@@ -9,12 +9,13 @@ use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
 use skiff::skip::{
-    Calibration, CalibrationError, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipMode, SkipOptions,
-    SkipPolicy,
+    Calibration, CalibrationError, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError, SkipMode,
+    SkipOptions, SkipPolicy,
 };
 use skiff::threads::Team;
 
-const SHAPE: Shape = Shape { layers: 12, embedding: 64, ffn: 96, heads: 4, kv_heads: 2, vocab: 96 };
+/// Sizes that the column form does not pad: bytes left unread are then in proportion to the columns left out.
+const SHAPE: Shape = Shape { layers: 12, embedding: 128, ffn: 128, heads: 4, kv_heads: 2, vocab: 96 };
 const CONTEXT: usize = 512;
 
 fn model() -> Model {
@@ -127,6 +128,8 @@ fn shares(model: &Model, team: &Team, options: &SkipOptions, ids: &[u32]) -> (f6
 fn policies_reach_the_ratio_asked_for() {
     let (mut model, team) = (model(), Team::new(2).unwrap());
     let (found, ids) = calibrated(&mut model, &team, 0);
+    // The rule of the paper, k = 1, runs an FFN before each that it skips: it reaches half of the warm region.
+    let reach = (found.cold.1 - found.cold.0) / 2;
     model.set_calibration(found);
     for ratio in [0.1, 0.25, 0.4] {
         for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut"] {
@@ -137,6 +140,11 @@ fn policies_reach_the_ratio_asked_for() {
                 SkipMode::FfnSkip | SkipMode::Cut => SkipOptions { cold: None, ..options },
                 _ => options,
             };
+            if mode == SkipMode::FfnSkip && ratio > reach as f32 / 12.0 {
+                let error = model.policy(&options).err().expect("more than the rule can skip");
+                assert!(matches!(error, SkipError::RatioTooHigh { most, .. } if most < ratio), "{error}");
+                continue;
+            }
             let (blocks, bytes) = shares(&model, &team, &options, &ids);
             let share = if mode == SkipMode::Cut { bytes } else { blocks };
             // Whole layers out of twelve come no closer than half of one.
@@ -152,7 +160,7 @@ fn points_state_the_quality_that_was_measured() {
     let (mut model, team) = (model(), Team::new(2).unwrap());
     let (found, _) = calibrated(&mut model, &team, 1);
     let cut: Vec<_> = found.points.iter().filter(|p| p.policy == "cut").collect();
-    assert!(cut.len() >= 5);
+    assert!(cut.len() >= 5, "{:?}", found.points);
     for pair in cut.windows(2) {
         assert!(pair[0].kl <= pair[1].kl * 1.05 + 1e-4, "deeper cuts are further off: {pair:?}");
         assert!(pair[0].bytes < pair[1].bytes);

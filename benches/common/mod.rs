@@ -17,9 +17,20 @@ use skiff::skip::SkipPolicy;
 pub fn criterion() -> Criterion {
     Criterion::default()
         .sample_size(10)
-        .warm_up_time(Duration::from_millis(300))
-        .measurement_time(Duration::from_secs(2))
+        .nresamples(2_000)
+        .warm_up_time(Duration::from_millis(200))
+        .measurement_time(Duration::from_secs(1))
         .configure_from_args()
+}
+
+const NAMES: [&str; 4] = ["kernels", "forward", "load", "skip"];
+
+/// Whether the benchmarks of `name` may be wanted. `cargo bench kernels` (or `kernels/dot`) hands the word to all four
+/// programs, as a pattern; those that it does not mean have nothing to prepare.
+pub fn wanted(name: &str) -> bool {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let means = |name: &str| words.iter().any(|word| word.split(['/', ',']).next() == Some(name));
+    means(name) || !NAMES.iter().any(|name| means(name))
 }
 
 /// A group whose iterations are long: every sample has as many.
@@ -66,7 +77,10 @@ pub fn matrix(random: &mut Random, ty: GgmlType, rows: usize, cols: usize, scale
     for row in distinct.chunks_exact_mut(ty.row_bytes(cols)) {
         quantize_row(ty, &random.floats(cols, scale), row);
     }
-    distinct.iter().copied().cycle().take(rows * ty.row_bytes(cols)).collect()
+    let bytes = rows * ty.row_bytes(cols);
+    let mut matrix = distinct.repeat(bytes.div_ceil(distinct.len()));
+    matrix.truncate(bytes);
+    matrix
 }
 
 /// Layers of the synthetic model.

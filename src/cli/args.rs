@@ -2,22 +2,29 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use indicatif::ProgressBar;
 
+use super::generate::progress_bar;
 use super::{Failure, Outcome, note, text_or_file};
 use crate::kernels::Kernels;
 use crate::machine::Memory;
-use crate::model::{Config, KvType, Model};
+use crate::model::{Config, KvCache, KvType, Model};
 use crate::ops::Compute;
 use crate::pull;
 use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
-use crate::session::{DraftMode, DraftOptions, Engine, MAX_DRAFT, SessionOptions};
-use crate::skip::{Calibration, Point, SkipMode, SkipOptions};
+use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
+use crate::skip::{BUILT_IN, Calibration, Point, SkipMode, SkipOptions};
+use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
+use crate::topology::CpuSet;
+use crate::weights::LoadOptions;
 
 /// Which model.
 #[derive(Args)]
@@ -40,19 +47,110 @@ pub(super) struct EngineArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// Threads [default: the physical cores that this process may use]
-    #[arg(short, long, value_name = "N", help_heading = "Model", value_parser = in_range(1, 1024))]
+    #[arg(short, long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
     pub threads: Option<usize>,
+    /// Threads for prompts [default: as many as for generation]
+    #[arg(long, value_name = "N", help_heading = "Threads", value_parser = in_range(1, 1024))]
+    pub threads_batch: Option<usize>,
+    #[command(flatten)]
+    pub cpus: CpuArgs,
+    #[command(flatten)]
+    pub load: LoadArgs,
     /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
     #[arg(long, value_name = "NAME", help_heading = "Model", value_parser = kernel_names())]
     pub kernel: Option<String>,
-    /// How keys and values are kept; q8_0 takes 53 % of the memory
+    /// How keys and values are kept: q8_0 takes 53 % of f16's memory, f32 twice of it
     #[arg(long, value_name = "TYPE", help_heading = "Model", value_enum, default_value_t = KvArg::F16)]
     pub kv: KvArg,
 }
 
 impl EngineArgs {
     pub fn load(&self) -> Result<Engine, Failure> {
-        Ok(Engine::load(&self.model.resolve()?, self.threads, self.kernel.as_deref())?)
+        let path = self.model.resolve()?;
+        self.cpus.keep()?;
+        let options = EngineOptions {
+            threads: self.threads,
+            threads_batch: self.threads_batch,
+            pinned: self.cpus.cpu_strict,
+            kernel: self.kernel.clone(),
+            load: self.load.options(),
+        };
+        let bar = LoadBar::default();
+        let engine = Engine::load_with(&path, options, &|done, total| bar.tell(done, total))?;
+        bar.finish();
+        Ok(engine)
+    }
+}
+
+/// Which CPUs the threads use.
+#[derive(Args)]
+#[command(next_help_heading = "Threads")]
+pub(super) struct CpuArgs {
+    /// CPUs to use, as a hexadecimal mask; bit 0 is CPU 0
+    #[arg(short = 'C', long, value_name = "HEX", value_parser = CpuSet::from_mask)]
+    cpu_mask: Option<CpuSet>,
+    /// CPUs to use, both included
+    #[arg(long, value_name = "LO-HI", allow_hyphen_values = true, value_parser = CpuSet::from_range, conflicts_with = "cpu_mask")]
+    cpu_range: Option<CpuSet>,
+    /// Keep each thread on one CPU, instead of letting the system move them
+    #[arg(long)]
+    pub cpu_strict: bool,
+}
+
+impl CpuArgs {
+    /// Keeps this thread, and those to come, on the CPUs asked for. Before threads are counted or started.
+    pub fn keep(&self) -> Outcome {
+        match self.cpu_mask.as_ref().or(self.cpu_range.as_ref()) {
+            Some(cpus) => Ok(keep_on(cpus)?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How the weights come to memory.
+#[derive(Args)]
+#[command(next_help_heading = "Memory")]
+pub(super) struct LoadArgs {
+    /// Keep weights and cache in memory; the system may need to be asked for more (ulimit -l)
+    #[arg(long)]
+    mlock: bool,
+    /// Read the file into memory of our own in huge pages, instead of using the page cache
+    #[arg(long)]
+    no_mmap: bool,
+}
+
+impl LoadArgs {
+    pub fn options(&self) -> LoadOptions {
+        LoadOptions { no_mmap: self.no_mmap, mlock: self.mlock }
+    }
+}
+
+/// A bar for a load that takes long enough to be looked at.
+#[derive(Default)]
+pub(super) struct LoadBar {
+    started: OnceLock<Instant>,
+    bar: OnceLock<ProgressBar>,
+}
+
+/// What is read in less flickers by.
+const PATIENCE: Duration = Duration::from_millis(500);
+
+impl LoadBar {
+    /// So many bytes are in memory.
+    pub fn tell(&self, done: u64, total: u64) {
+        if self.started.get_or_init(Instant::now).elapsed() < PATIENCE {
+            return;
+        }
+        let template = "load {wide_bar} {bytes}/{total_bytes}, {bytes_per_sec}, {eta} left";
+        let bar = self.bar.get_or_init(|| progress_bar(total as usize, template, false));
+        bar.set_position(done);
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = self.bar.get() {
+            bar.finish_and_clear();
+        }
     }
 }
 
@@ -71,6 +169,8 @@ pub(super) fn in_range(low: usize, high: usize) -> impl Fn(&str) -> Result<usize
 /// `--kv`
 #[derive(Clone, Copy, ValueEnum)]
 pub(super) enum KvArg {
+    #[value(name = "f32")]
+    F32,
     #[value(name = "f16")]
     F16,
     #[value(name = "q8_0")]
@@ -80,6 +180,7 @@ pub(super) enum KvArg {
 impl From<KvArg> for KvType {
     fn from(kv: KvArg) -> Self {
         match kv {
+            KvArg::F32 => KvType::F32,
             KvArg::F16 => KvType::F16,
             KvArg::Q8_0 => KvType::Q8_0,
         }
@@ -120,21 +221,20 @@ impl ContextArgs {
             draft: draft.options(skip)?,
         };
         if let Some(context) = self.context {
-            check_context(engine, context)?;
+            check_context(engine, context, kv)?;
         }
         Ok(options)
     }
 }
 
 /// Refuses a context that this machine cannot hold.
-pub(super) fn check_context(engine: &Engine, context: usize) -> Result<(), Failure> {
-    check_cache(engine.model().config(), "-c", context)
+pub(super) fn check_context(engine: &Engine, context: usize, kv: KvArg) -> Result<(), Failure> {
+    check_cache(engine.model().config(), "-c", context, kv)
 }
 
 /// Refuses a cache that this machine cannot hold: allocating it would end the process. `flag` asked for it.
-pub(super) fn check_cache(config: &Config, flag: &str, context: usize) -> Result<(), Failure> {
-    let needed = [2, 2, config.layers, config.kv_dim(), context];
-    let needed = needed.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
+pub(super) fn check_cache(config: &Config, flag: &str, context: usize, kv: KvArg) -> Result<(), Failure> {
+    let needed = KvCache::bytes_needed(config, context, kv.into());
     let available = Memory::read().map_or(u64::MAX, |m| m.total);
     if needed.is_none_or(|needed| needed > available) {
         let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
@@ -209,13 +309,13 @@ impl SkipArgs {
         self.calibrate(model)?;
         model.policy(&options).map_err(Failure::usage)?;
         if options.mode == SkipMode::Auto {
-            model.calibration().and_then(Calibration::auto_point).into_iter().for_each(announce);
+            announce(model.calibration().and_then(Calibration::auto_point));
         }
-        model.prepare_skip(on, &options, |_, _| {})?;
+        prepare(model, on, &options)?;
         Ok(options)
     }
 
-    /// Reads the calibration file that was named, or the one beside the model.
+    /// Reads the calibration file that was named, or the one beside the model, or what is built in for it.
     fn calibrate(&self, model: &Model) -> Outcome {
         if let Some(path) = &self.skip_file {
             model.load_calibration(path)?;
@@ -228,6 +328,10 @@ impl SkipArgs {
                 Err(error) => note(&format!("warning: {error}")),
             }
         }
+        if self.skip != SkipMode::Off && model.calibration().is_none() {
+            // Those of other models do not fit.
+            let _ = BUILT_IN.iter().find(|(name, bytes)| model.read_calibration(name, bytes).is_ok());
+        }
         Ok(())
     }
 }
@@ -237,8 +341,28 @@ pub(super) fn calibration_path(path: &Path) -> PathBuf {
     path.with_extension("skip.gguf")
 }
 
+/// Makes the model ready for the options, and says what time and memory that took.
+fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome {
+    let started = Instant::now();
+    let bar = progress_bar(model.config().layers, "skip: FFNs by columns {wide_bar} {pos}/{len}", false);
+    let prepared = model.prepare_skip(on, options, |done, _| bar.set_position(done as u64));
+    bar.finish_and_clear();
+    prepared?;
+    let (bytes, seconds) = (model.column_bytes() as f64, started.elapsed().as_secs_f64());
+    if bytes > 0.0 {
+        note(&format!(
+            "skip: FFNs laid out by columns in {seconds:.1} s, {:.2} GB of memory more",
+            bytes / 1e9
+        ));
+    }
+    Ok(())
+}
+
 /// Says what `--skip auto` does, and how good it was found to be.
-fn announce(point: &Point) {
+fn announce(point: Option<&Point>) {
+    let Some(point) = point else {
+        return note("skip auto: the calibration has no setting that is good enough; running in full");
+    };
     note(&format!(
         "skip auto: {} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
         point.policy,
@@ -276,17 +400,13 @@ impl DraftArgs {
         let skips = skip.skip != SkipMode::Off;
         let usage = |message: &str| Err(Failure::Usage(message.into()));
         match mode {
-            DraftMode::Skip if !skips => {
-                return usage("--draft skip: name the policy that drafts with --skip");
-            }
+            DraftMode::Skip if !skips => usage("--draft skip: name the policy that drafts with --skip"),
             DraftMode::Lookup if skips => {
-                return usage("--draft lookup: the text is the full model's, so --skip would have no effect");
+                usage("--draft lookup: the text is the full model's, so --skip would have no effect")
             }
-            DraftMode::Skip if skip.skip_prefill => {
-                return usage(
-                    "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
-                );
-            }
+            DraftMode::Skip if skip.skip_prefill => usage(
+                "--skip-prefill: with --draft skip the text is the full model's, so prompts run in full",
+            ),
             _ => Ok(DraftOptions { mode, max: self.draft_tokens, adaptive: !self.draft_fixed }),
         }
     }

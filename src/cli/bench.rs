@@ -6,7 +6,9 @@ use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 use serde_json::{Map, Value as Json};
 
-use super::args::{KvArg, MAX_CONTEXT, ModelArgs, SkipArgs, check_cache, in_range, kernel_names};
+use super::args::{
+    CpuArgs, KvArg, LoadArgs, LoadBar, MAX_CONTEXT, ModelArgs, SkipArgs, check_cache, in_range, kernel_names,
+};
 use super::generate::progress_bar;
 use super::interrupt::Listener;
 use super::{Failure, Outcome, put};
@@ -23,9 +25,9 @@ Examples:
   skiff bench -m model.gguf --vs llama.cpp/build/bin/llama-bench
 
 Each test has a warm-up and -r repetitions on random tokens. t/s is mean and standard deviation, as llama-bench's. The
-columns after it are ours, from the median: weight bytes read a second (generation), the share of what reading 1 GiB
-of memory reaches with the same threads between the repetitions, and 1e12 integer operations a second (prompts). How
-many FFNs are skipped depends on the text; random tokens are not one, so measure that with `skiff ppl`.
+columns after it are ours, from the median: for generation, weight bytes read a second and the share of what reading
+1 GiB of memory reaches with the same threads between the repetitions; for prompts, 1e12 integer operations a second
+and the share of what the kernel's instruction reaches on registers. How many FFNs are skipped depends on the text; random tokens are not one, so measure that with `skiff ppl`.
 Ctrl-C reports the tests done, with exit code 130.";
 
 /// Measure the speed of prompts and generation
@@ -52,6 +54,10 @@ pub(super) struct BenchArgs {
     /// Numbers of threads, with commas [default: the physical cores that this process may use]
     #[arg(short, long, value_name = "N,..", value_delimiter = ',', value_parser = in_range(1, 1024))]
     threads: Vec<usize>,
+    #[command(flatten)]
+    cpus: CpuArgs,
+    #[command(flatten)]
+    load: LoadArgs,
     /// Kernel to compute with; `skiff info` lists them [default: the best for this CPU]
     #[arg(long, value_name = "NAME", value_parser = kernel_names())]
     kernel: Option<String>,
@@ -85,15 +91,26 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     if tests.is_empty() {
         return Err(Failure::Usage("-p 0 -n 0: nothing to measure".into()));
     }
+    if args.vs.is_some() && args.cpus.cpu_strict {
+        // The program would inherit the one CPU of this thread.
+        return Err(Failure::Usage(
+            "--vs and --cpu-strict: the other program cannot be kept likewise".into(),
+        ));
+    }
     let kernels = Kernels::select(args.kernel.as_deref())?;
-    let mut model = Model::load(&args.model.resolve()?)?;
+    let path = args.model.resolve()?;
+    args.cpus.keep()?;
+    let loading = LoadBar::default();
+    let mut model = Model::load_with(&path, args.load.options(), &|done, total| loading.tell(done, total))?;
+    loading.finish();
     let longest = tests.iter().map(Test::context).max().unwrap_or(0);
-    check_cache(model.config(), "a test of so many tokens:", longest)?;
+    check_cache(model.config(), "a test of so many tokens:", longest, args.kv)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let team = Team::new(threads[0]).map_err(ModelError::from)?;
     let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;
     drop(team);
-    let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip };
+    let mlock = args.load.options().mlock;
+    let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip, mlock };
 
     let listener = Listener::new();
     let template = "bench {wide_bar} {pos}/{len} repetitions, {eta} left, {msg}";
@@ -101,7 +118,10 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     let bench = Bench { args, model: &model, kernels, options, sweep: Sweep::new(), listener, bar };
     let mut reports = Vec::new();
     for threads in threads {
-        let team = Team::new(threads).map_err(ModelError::from)?;
+        let team = match args.cpus.cpu_strict {
+            true => Team::pinned(threads)?,
+            false => Team::new(threads).map_err(ModelError::from)?,
+        };
         for &test in &tests {
             if !bench.listener.raised() {
                 reports.extend(bench.test(&team, test)?);
@@ -181,8 +201,9 @@ const COLUMNS: &[Column] = &[
     ("t/s", true, |r| format!("{:.2} ± {:.2}", r.avg_ts, r.stddev_ts)),
     ("weight GB/s", true, |r| number(r.weight_gbps, 2)),
     ("sweep GB/s", true, |r| number(r.sweep_gbps, 2)),
-    ("of sweep", true, |r| r.sweep_share.map_or("-".into(), |s| format!("{:.0} %", 100.0 * s))),
+    ("of sweep", true, |r| share(r.sweep_share)),
     ("TOPS", true, |r| number(r.tops, 3)),
+    ("of peak", true, |r| share(r.peak_share)),
     ("kernel", false, |r| r.kernel.to_owned()),
     ("FFNs skipped", true, |r| format!("{:.1} %", 100.0 * r.ffn_skipped)),
 ];
@@ -205,6 +226,10 @@ fn parameters(n: u64) -> String {
 
 fn number(value: Option<f64>, decimals: usize) -> String {
     value.map_or("-".into(), |v| format!("{v:.decimals$}"))
+}
+
+fn share(value: Option<f64>) -> String {
+    value.map_or("-".into(), |share| format!("{:.0} %", 100.0 * share))
 }
 
 fn markdown(reports: &[Report], by_layer: bool) -> String {
@@ -243,7 +268,7 @@ fn table(columns: &[&Column], reports: &[Report]) -> String {
     format!("{}|{rule}\n{}", line(&rows[0]), rows[1..].iter().map(line).collect::<String>())
 }
 
-/// The fields of JSON but for lists; strings in quotes, as llama-bench has them.
+/// The fields of JSON but for lists; all in quotes and yes as 1, as llama-bench has them.
 fn csv(reports: &[Report]) -> Result<String, Failure> {
     let mut text = String::new();
     for report in reports {
@@ -253,9 +278,10 @@ fn csv(reports: &[Report]) -> Result<String, Failure> {
             text = format!("{}\n", fields.keys().cloned().collect::<Vec<_>>().join(","));
         }
         let cell = |value: &Json| match value {
-            Json::Null => String::new(),
+            Json::Null => "\"\"".into(),
+            Json::Bool(yes) => format!("\"{}\"", u8::from(*yes)),
             Json::String(text) => format!("\"{}\"", text.replace('"', "\"\"")),
-            other => other.to_string(),
+            other => format!("\"{other}\""),
         };
         let cells = fields.values().map(cell).collect::<Vec<_>>().join(",");
         text.push_str(&format!("{cells}\n"));

@@ -163,7 +163,7 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
     let (items, shots) = args.items()?;
     let mut ledger = Ledger::open(args.out.as_deref(), args.resume)?;
     let mut engine = args.engine.load()?;
-    check_context(&engine, args.context)?;
+    check_context(&engine, args.context, args.engine.kv)?;
     let contenders = args.contenders(&mut engine)?;
     let settings = tasks::Settings {
         task: args.task,

@@ -185,6 +185,7 @@ pub(super) struct Statistics {
     verifications: usize,
     kernel: &'static str,
     threads: usize,
+    threads_batch: usize,
     context: usize,
     context_used: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -217,7 +218,8 @@ impl Statistics {
             drafts_accepted: accepted,
             verifications: steps,
             kernel: session.engine().kernels().name(),
-            threads: session.engine().team().threads(),
+            threads: session.engine().threads().0,
+            threads_batch: session.engine().threads().1,
             context: session.context(),
             context_used: session.tokens().len(),
             seed,
@@ -252,7 +254,13 @@ impl Statistics {
         }
         note(&format!(
             "ran on     kernel {}, threads {}, context {} of {}",
-            self.kernel, self.threads, self.context_used, self.context
+            self.kernel,
+            match self.threads_batch == self.threads {
+                true => self.threads.to_string(),
+                false => format!("{} ({} for prompts)", self.threads, self.threads_batch),
+            },
+            self.context_used,
+            self.context
         ));
         if let Some(shares) = &self.skipped_by_layer {
             print_shares(shares);

@@ -9,7 +9,7 @@ use super::args::ModelArgs;
 use super::{Outcome, put};
 use crate::gguf::{GgmlType, Metadata};
 use crate::kernels::Kernels;
-use crate::machine::{Machine, read_sweep, sweep_buffer};
+use crate::machine::{Machine, int8_peak, read_sweep, sweep_buffer};
 use crate::model::{Model, ModelError};
 use crate::pull;
 use crate::threads::Team;
@@ -39,7 +39,7 @@ pub(super) struct InfoArgs {
     /// Print one JSON object
     #[arg(long)]
     json: bool,
-    /// Do not measure the memory bandwidth (which takes a few seconds)
+    /// Do not measure memory bandwidth and integer speed (which takes a few seconds)
     #[arg(long)]
     no_bandwidth: bool,
 }
@@ -91,6 +91,7 @@ fn machine(args: &InfoArgs) -> Result<Vec<Section>, super::Failure> {
     ];
     if !args.no_bandwidth {
         sections.push(Section { key: "read_bandwidth", content: bandwidth(&machine)? });
+        sections.push(Section { key: "integer_peak", content: integer_peak(&machine)? });
     }
     Ok(sections)
 }
@@ -106,6 +107,16 @@ fn bandwidth(machine: &Machine) -> Result<Content, super::Failure> {
         }
     }
     Ok(Content::Table(&["threads", "gb_per_second", "bytes_read"], rows))
+}
+
+/// 8-bit operations of each kernel that this CPU can run, where that is measured.
+fn integer_peak(machine: &Machine) -> Result<Content, super::Failure> {
+    let team = Team::new(machine.default_threads).map_err(ModelError::from)?;
+    let row = |kernels: Kernels| {
+        let peak = int8_peak(&team, kernels, 20)?;
+        Some(vec![json!(kernels.name()), json!(team.threads()), json!(round(peak / 1e12))])
+    };
+    Ok(Content::Table(&["kernel", "threads", "tops"], Kernels::available().filter_map(row).collect()))
 }
 
 fn model(args: &InfoArgs, name: &str) -> Result<Vec<Section>, super::Failure> {

@@ -74,7 +74,7 @@ struct Output<'a> {
 pub(super) fn run(args: &PplArgs) -> Outcome {
     let text = read_text(&args.file)?;
     let mut engine = args.engine.load()?;
-    check_context(&engine, args.context)?;
+    check_context(&engine, args.context, args.engine.kv)?;
     let options = args.options(&mut engine)?;
     let encode = EncodeOptions { add_special: true, parse_special: false };
     let tokens = engine.tokenizer().encode(&text, encode)?;

@@ -103,7 +103,7 @@ pub(super) fn run(args: &SweepArgs) -> Outcome {
     args.check()?;
     let text = read_text(&args.file)?;
     let mut engine = args.engine.load()?;
-    check_context(&engine, args.context)?;
+    check_context(&engine, args.context, args.engine.kv)?;
     let encode = EncodeOptions { add_special: true, parse_special: false };
     let tokens = engine.tokenizer().encode(&text, encode)?;
     let windows = args.windows.min(tokens.len() / args.context);

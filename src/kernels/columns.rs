@@ -25,12 +25,12 @@ pub struct ColumnList {
     touched: Touched,
 }
 
-/// Four columns and their activations; a bundle that is not full repeats a column with an activation of 0.
+/// Four columns and their activations; a bundle that is not full repeats its first column with an activation of 0.
 #[derive(Clone, Copy, Default)]
-#[repr(C)]
 pub(super) struct Bundle {
     pub cols: [u32; BUNDLE],
-    pub acts: [i8; BUNDLE],
+    /// Four bytes, the first column's the lowest.
+    pub acts: u32,
 }
 
 /// A group with a chosen column.
@@ -86,12 +86,14 @@ impl ColumnList {
         let first = (group * self.group_len) as u32;
         let mut sum = 0;
         while mask != 0 {
-            let mut bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: [0; BUNDLE] };
+            let mut bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: 0 };
             for i in 0..BUNDLE {
                 if mask != 0 {
                     let at = mask.trailing_zeros();
-                    (bundle.cols[i], bundle.acts[i]) = (first + at, q[at as usize]);
-                    sum += i32::from(bundle.acts[i]);
+                    let act = q[at as usize];
+                    bundle.cols[i] = first + at;
+                    bundle.acts |= u32::from(act as u8) << (8 * i);
+                    sum += i32::from(act);
                     mask &= mask - 1;
                 }
             }
@@ -136,28 +138,26 @@ impl Touched {
 
 /// A bit for each value that is not zero.
 fn nonzero(q: &[i8]) -> u32 {
-    q.iter().enumerate().fold(0, |mask, (i, &q)| mask | u32::from(q != 0) << i)
+    let (eights, _) = q.as_chunks::<8>();
+    eights.iter().enumerate().fold(0, |mask, (i, q)| {
+        let x = u64::from_le_bytes(q.map(|q| q as u8));
+        // The top bit of each byte that is not zero, then those bits side by side.
+        let top = (((x & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | x) & 0x8080_8080_8080_8080;
+        let bits = (top >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;
+        mask | (bits as u32) << (8 * i)
+    })
 }
 
 impl Kernels {
     /// `out[o] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o` of a strip, `[width]`.
-    /// `mins`: scratch of the same length, if the type has mins.
     ///
     /// # Panics
     /// If the lengths are wrong, or the list was chosen for another number of columns or another group length.
-    pub fn columns(
-        &self,
-        strip: ColumnStrip<'_>,
-        list: &ColumnList,
-        groups: Range<usize>,
-        out: &mut [f32],
-        mins: &mut [f32],
-    ) {
+    pub fn columns(&self, strip: ColumnStrip<'_>, list: &ColumnList, groups: Range<usize>, out: &mut [f32]) {
         let (width, all) = (strip.width, strip.cols / strip.group_len);
         assert!(list.cols == strip.cols && list.group_len == strip.group_len && groups.end <= all);
         assert!(width.is_multiple_of(128) && width <= STRIP && out.len() == width);
-        assert!(!strip.has_min || mins.len() == width);
-        assert_eq!(strip.heads.len(), width * if strip.has_min { 4 } else { 2 });
+        assert_eq!(strip.heads.len(), width * if strip.has_min { 2 } else { 1 });
         let (low, high) = match strip.codes {
             Codes::Bytes => (width, 0),
             Codes::Table => (width / 2, 0),
@@ -168,39 +168,38 @@ impl Kernels {
         assert_eq!(strip.group_bytes, scales + strip.group_len * strip.column_bytes);
         assert_eq!(strip.groups.len(), all * strip.group_bytes);
         out.fill(0.0);
-        mins.fill(0.0);
         // SAFETY: the handle proves the ISA; the parts of the strip have the lengths just asserted, and the list's
         // columns and groups are below the strip's.
-        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), out, mins) };
+        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), out) };
     }
 }
 
 /// Plain code for every CPU.
-pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
     let zero = i32::from(zero_point(strip.ty));
     let mut all_sums = 0f32;
     let mut start = chosen.start;
     for g in chosen.groups {
         let (sum, group) = (g.scale * g.sum as f32, g.group as usize);
         all_sums += sum;
-        for o in 0..strip.width {
+        for (o, out) in out.iter_mut().enumerate() {
             let mut dot = -zero * g.sum;
             for bundle in &chosen.bundles[start as usize..g.end as usize] {
-                for (col, act) in bundle.cols.into_iter().zip(bundle.acts) {
-                    dot += i32::from(act) * i32::from(strip.code(col as usize, o));
+                for (col, act) in bundle.cols.into_iter().zip(bundle.acts.to_le_bytes()) {
+                    dot += i32::from(act as i8) * i32::from(strip.code(col as usize, o));
                 }
             }
-            out[o] += (f32::from(strip.scale(0, group, o)) - strip.head(1, o)) * (g.scale * dot as f32);
+            *out += (f32::from(strip.scale(0, group, o)) - strip.zeros[0]) * (g.scale * dot as f32);
             if strip.has_min {
-                mins[o] += sum * f32::from(strip.scale(1, group, o));
+                *out += strip.head(1, o) * (sum * f32::from(strip.scale(1, group, o)));
             }
         }
         start = g.end;
     }
-    for o in 0..strip.width {
-        out[o] *= strip.head(0, o);
+    for (o, out) in out.iter_mut().enumerate() {
         if strip.has_min {
-            out[o] += strip.head(2, o) * (mins[o] - strip.head(3, o) * all_sums);
+            *out -= strip.head(1, o) * (strip.zeros[1] * all_sums);
         }
+        *out *= strip.head(0, o);
     }
 }

@@ -302,15 +302,17 @@ fn exp<const FMA: bool>(x: f32) -> f32 {
     /// Adding and subtracting 1.5 * 2^23 rounds to an integer.
     const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.3, 88.3);
-    let n = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND) - ROUND;
+    let shifted = fma::<FMA>(x, std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
     let r = fma::<FMA>(n, -LN2_LO, fma::<FMA>(n, -LN2_HI, x));
     let mut p = 1.987_569_1e-4;
     for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = fma::<FMA>(p, r, c);
     }
     let p = fma::<FMA>(p, r * r, r + 1.0);
-    // Scaling by 2^n: n is within -126..=127 after the clamp.
-    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    // Scaling by 2^n: n is within -126..=127 after the clamp, and it is the low bits of `shifted`. A
+    // conversion `n as i32` would saturate, one number at a time.
+    p * f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23)
 }
 
 #[inline(always)]

@@ -27,6 +27,7 @@ pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod layout;
+mod peak;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -55,7 +56,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
-    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32], &mut [f32]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32]),
     float: &'static float::Functions,
 }
 

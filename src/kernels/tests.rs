@@ -188,8 +188,8 @@ fn by_columns(
     list: &ColumnList,
     groups: std::ops::Range<usize>,
 ) -> Vec<f32> {
-    let (mut out, mut mins) = (vec![1f32; strip.width], vec![1f32; strip.width]);
-    k.columns(strip, list, groups, &mut out, &mut mins);
+    let mut out = vec![1f32; strip.width];
+    k.columns(strip, list, groups, &mut out);
     out
 }
 
@@ -199,7 +199,7 @@ fn magnitude_of_mins(strip: ColumnStrip<'_>, acts: &Activations, o: usize) -> f3
     }
     let x = acts.row(0);
     let all: f32 = x.q[..x.cols].iter().enumerate().map(|(i, &q)| x.scale[i / 32] * f32::from(q).abs()).sum();
-    all * strip.head(2, o).abs() * (255.0 + strip.head(3, o).abs())
+    all * (strip.head(0, o) * strip.head(1, o)).abs() * (255.0 + strip.zeros[1])
 }
 
 #[test]
@@ -283,9 +283,9 @@ fn lists_hold_what_is_not_zero() {
                 let mut start = 0;
                 for g in &list.groups {
                     for b in &list.bundles[start..g.end as usize] {
-                        for (c, a) in b.cols.into_iter().zip(b.acts) {
+                        for (c, a) in b.cols.into_iter().zip(b.acts.to_le_bytes()) {
                             assert_eq!(c as usize / group_len, g.group as usize);
-                            dense[c as usize] += a;
+                            dense[c as usize] += a as i8;
                         }
                     }
                     start = g.end as usize;

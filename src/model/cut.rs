@@ -8,11 +8,11 @@ use crate::kernels::ColumnList;
 use crate::kernels::columns::touched;
 use crate::ops::{
     COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
-    matmul_columns, rms_norm_then,
+    matmul_columns, rms_norm_then, swiglu_columns,
 };
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
-use crate::skip::{CutPlan, CutSide, LayerCut};
+use crate::skip::{Cut, CutPlan, CutSide, LayerCut};
 
 /// A layer that may be cut.
 pub(super) struct PreparedCut {
@@ -166,15 +166,8 @@ impl Model {
         rms_norm_then(on, &s.x, rows, &layer.ffn.norm, c.norm_eps, &mut s.normed, |i, x| {
             plan.inputs.apply(cuts[i].inputs, x);
         });
-        prepared.gate_up(on, layer, &s.normed, &mut s.cut, &mut s.matmul);
         s.inner.reshape(rows.len(), c.ffn);
-        let gate_up = &s.cut.gate_up;
-        s.inner.fill(on, |i, inner| {
-            let (gate, up) = gate_up[i * 2 * c.ffn..][..2 * c.ffn].split_at(c.ffn);
-            inner.copy_from_slice(gate);
-            on.kernels.silu_mul(inner, up);
-            plan.inner.apply(cuts[i].inner, inner);
-        });
+        prepared.gate_up(on, layer, &s.normed, cuts, &mut s.cut, &mut s.matmul, &mut s.inner);
         let out = &mut s.ffn_out[..rows.len() * c.embedding];
         prepared.down(on, layer, &s.inner, &mut s.cut, &mut s.matmul, out);
         if observed {
@@ -213,29 +206,41 @@ impl PreparedCut {
         Ok(Self { plan, gate_up_base, down_base, layouts, columns })
     }
 
-    /// Gate and up of the rows `x`, by column for a few and by row, with zeros for what is cut, for many.
+    /// `cut(silu(W_gate x) * W_up x)` of the rows `x`, by column for a few and by row, with zeros for what is cut, for
+    /// many.
+    #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
     fn gate_up(
         &self,
         on: Compute<'_>,
         layer: &Layer,
         x: &Inputs,
+        cuts: &[Cut],
         s: &mut CutScratch,
         m: &mut [MatmulScratch],
+        inner: &mut Inputs,
     ) {
-        let (bias, n) = (&self.gate_up_base, x.rows());
-        let out = &mut s.gate_up[..n * 2 * layer.ffn.gate.rows()];
-        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
-            Some(c) => {
-                x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
-                matmul_columns(on, &[&c.gate, &c.up], &s.inputs[..n], bias, out, &mut s.sums);
-                s.touched.iter_mut().zip(&s.inputs).for_each(|(t, list)| t[0] = list.touched());
-            }
-            None => {
-                let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
-                matmul(on, &stack, x, Epilogue::Bias(bias), out, m);
-                count(on, self.layouts.as_ref().map(|l| &l.gate), x, &mut s.touched, 0);
-            }
+        let (bias, side, n, ffn) =
+            (&self.gate_up_base[..], &self.plan.inner, x.rows(), layer.ffn.gate.rows());
+        if let Some(c) = self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
+            x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
+            let (lists, out) = (&s.inputs[..n], inner.values_mut());
+            swiglu_columns(on, &c.gate, &c.up, lists, bias, out, &mut s.sums, |i, first, inner| {
+                side.apply_from(cuts[i].inner, first, inner);
+            });
+            inner.quantize(on);
+            s.touched.iter_mut().zip(&s.inputs).for_each(|(t, list)| t[0] = list.touched());
+            return;
         }
+        let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
+        let gate_up = &mut s.gate_up[..n * 2 * ffn];
+        matmul(on, &stack, x, Epilogue::Bias(bias), gate_up, m);
+        count(on, self.layouts.as_ref().map(|l| &l.gate), x, &mut s.touched, 0);
+        inner.fill(on, |i, inner| {
+            let (gate, up) = gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
+            inner.copy_from_slice(gate);
+            on.kernels.silu_mul(inner, up);
+            side.apply(cuts[i].inner, inner);
+        });
     }
 
     /// Down of the rows `x`; see [`gate_up`](Self::gate_up).

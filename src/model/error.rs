@@ -17,7 +17,7 @@ pub enum ModelError {
     #[error(transparent)]
     Skip(#[from] SkipError),
     #[error("{name}: {error}")]
-    Calibration { name: String, error: CalibrationError },
+    Calibration { name: String, error: Box<CalibrationError> },
     #[error("architecture {found:?} is not supported; skiff runs {known}")]
     Architecture { found: String, known: &'static str },
     #[error("key {key:?} is {found}, expected {expected}")]

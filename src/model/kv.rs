@@ -5,15 +5,19 @@ use std::ops::Range;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::Config;
+use super::{Config, ModelError};
 use crate::gguf::GgmlType;
 use crate::kernels::Kernels;
-use crate::ops::attention::CacheTile;
+use crate::memory::Pages;
+use crate::ops::attention::{CacheTile, Stored};
 use crate::quant;
+use crate::weights::{interleave, locked};
 
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvType {
+    /// Single precision, as computed: to compare with other programs, at twice the memory of f16.
+    F32,
     /// Half precision.
     #[default]
     F16,
@@ -37,16 +41,39 @@ pub(super) struct Store {
     data: Data,
 }
 
+impl KvType {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+
+    /// Bytes of a head of `head_dim` numbers.
+    fn head_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::F32 => 4 * head_dim,
+            Self::F16 => 2 * head_dim,
+            Self::Q8_0 => GgmlType::Q8_0.row_bytes(head_dim),
+        }
+    }
+}
+
 enum Data {
-    F16(Vec<u16>),
-    Q8(Vec<u8>),
+    F32(Pages<f32>),
+    F16(Pages<u16>),
+    Q8(Pages<u8>),
 }
 
 impl KvCache {
-    /// An empty cache. Memory is taken from the system as positions are written.
+    /// An empty cache. Memory is taken from the system as positions are written, in huge pages: with more than a few
+    /// heads that is soon all of it.
     pub fn new(config: &Config, context: usize, kind: KvType) -> Self {
         // q8_0 needs whole blocks in a head.
-        let kind = if config.head_dim.is_multiple_of(32) { kind } else { KvType::F16 };
+        let whole = kind != KvType::Q8_0 || config.head_dim.is_multiple_of(32);
+        let kind = if whole { kind } else { KvType::F16 };
         let store = || Store::new(config.kv_heads, context, config.head_dim, kind);
         let layers = (0..config.layers).map(|_| (store(), store())).collect();
         Self { kind, context, kv_heads: config.kv_heads, head_dim: config.head_dim, layers }
@@ -64,11 +91,25 @@ impl KvCache {
 
     /// Bytes when full.
     pub fn bytes(&self) -> usize {
-        let head = match self.kind {
-            KvType::F16 => 2 * self.head_dim,
-            KvType::Q8_0 => GgmlType::Q8_0.row_bytes(self.head_dim),
-        };
-        2 * self.layers.len() * self.kv_heads * self.context * head
+        2 * self.layers.len() * self.kv_heads * self.context * self.kind.head_bytes(self.head_dim)
+    }
+
+    /// What [`bytes`](Self::bytes) of such a cache would be; `None` if more than 64 bits tell.
+    pub fn bytes_needed(config: &Config, context: usize, kind: KvType) -> Option<u64> {
+        let factors = [2, config.layers, config.kv_heads, context, kind.head_bytes(config.head_dim)];
+        factors.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64))
+    }
+
+    /// Keeps the cache in memory (`--mlock`).
+    pub fn lock(&mut self) -> Result<(), ModelError> {
+        let bytes = self.bytes();
+        let stores = self.layers.iter_mut().flat_map(|(k, v)| [k, v]);
+        let mut outcomes = stores.map(|store| match &mut store.data {
+            Data::F32(pages) => pages.lock(),
+            Data::F16(pages) => pages.lock(),
+            Data::Q8(pages) => pages.lock(),
+        });
+        Ok(locked("the key/value cache", bytes, outcomes.try_for_each(|outcome| outcome))?)
     }
 
     /// The keys of `layer` at `position`, heads concatenated, `[kv_heads * head_dim]`, rotated as attention uses them.
@@ -92,10 +133,16 @@ impl KvCache {
 impl Store {
     fn new(kv_heads: usize, context: usize, head_dim: usize, kind: KvType) -> Self {
         let numbers = kv_heads * context * head_dim;
-        let data = match kind {
-            KvType::F16 => Data::F16(vec![0; numbers]),
-            KvType::Q8_0 => Data::Q8(vec![0; GgmlType::Q8_0.row_bytes(numbers)]),
+        let mut data = match kind {
+            KvType::F32 => Data::F32(Pages::zeroed(numbers)),
+            KvType::F16 => Data::F16(Pages::zeroed(numbers)),
+            KvType::Q8_0 => Data::Q8(Pages::zeroed(GgmlType::Q8_0.row_bytes(numbers))),
         };
+        match &mut data {
+            Data::F32(pages) => interleave(bytemuck::cast_slice_mut(pages)),
+            Data::F16(pages) => interleave(bytemuck::cast_slice_mut(pages)),
+            Data::Q8(pages) => interleave(pages),
+        }
         Self { context, head_dim, data }
     }
 
@@ -105,6 +152,7 @@ impl Store {
         for (h, values) in heads.chunks_exact(self.head_dim).enumerate() {
             let at = (h * self.context + position) * self.head_dim;
             match &mut self.data {
+                Data::F32(numbers) => numbers[at..at + self.head_dim].copy_from_slice(values),
                 Data::F16(bits) => {
                     let mut halves = [f16::ZERO; 256];
                     for (bits, values) in bits[at..at + self.head_dim].chunks_mut(256).zip(values.chunks(256))
@@ -131,6 +179,7 @@ impl Store {
         assert!(from < self.context && to < self.context);
         let (context, dim) = (self.context, self.head_dim);
         match &mut self.data {
+            Data::F32(numbers) => copy_within(numbers, context, dim, from, to),
             Data::F16(bits) => copy_within(bits, context, dim, from, to),
             Data::Q8(bytes) => copy_within(bytes, context, GgmlType::Q8_0.row_bytes(dim), from, to),
         }
@@ -150,25 +199,32 @@ fn copy_within<T: Copy>(data: &mut [T], context: usize, dim: usize, from: usize,
     }
 }
 
-impl CacheTile for Store {
-    fn half(&self, head: usize, positions: Range<usize>) -> Option<&[u16]> {
-        let Data::F16(bits) = &self.data else { return None };
+impl Store {
+    /// Where the numbers of a head's positions are.
+    fn range(&self, head: usize, positions: Range<usize>) -> Range<usize> {
         let first = head * self.context;
-        Some(&bits[(first + positions.start) * self.head_dim..(first + positions.end) * self.head_dim])
+        (first + positions.start) * self.head_dim..(first + positions.end) * self.head_dim
+    }
+}
+
+impl CacheTile for Store {
+    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
+        let range = self.range(head, positions);
+        match &self.data {
+            Data::F32(numbers) => Stored::F32(&numbers[range]),
+            Data::F16(bits) => Stored::F16(&bits[range]),
+            Data::Q8(_) => Stored::Packed,
+        }
     }
 
     fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
+        let range = self.range(head, positions);
         match &self.data {
-            Data::F16(_) => {
-                if let Some(bits) = self.half(head, positions) {
-                    kernels.widen(bits, out);
-                }
-            }
+            Data::F32(numbers) => out.copy_from_slice(&numbers[range]),
+            Data::F16(bits) => kernels.widen(&bits[range], out),
             Data::Q8(bytes) => {
-                let at = (head * self.context + positions.start) * self.head_dim;
-                let n = positions.len() * self.head_dim;
-                let range = GgmlType::Q8_0.row_bytes(at)..GgmlType::Q8_0.row_bytes(at + n);
-                quant::dequantize_row(GgmlType::Q8_0, &bytes[range], out);
+                let row = |n| GgmlType::Q8_0.row_bytes(n);
+                quant::dequantize_row(GgmlType::Q8_0, &bytes[row(range.start)..row(range.end)], out);
             }
         }
     }

@@ -25,7 +25,7 @@ pub use state::{FfnStep, State};
 use crate::gguf::Gguf;
 use crate::ops::Compute;
 use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
-use crate::weights::{Tensor, Weights};
+use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
 
 /// A model whose weights are mapped. Shared by any number of sequences.
@@ -47,13 +47,26 @@ pub struct Model {
 }
 
 impl Model {
-    /// Maps the model at `path` (a GGUF file, or the first of a split one).
+    /// Maps the model at `path` (a GGUF file, or the first of a split one). What the page cache lacks is read when it
+    /// is first used.
     ///
     /// # Errors
     /// The file is unreadable or malformed, its architecture is not known, or a key or tensor is
     /// missing or has another shape than the config demands; the error names it.
     pub fn load(path: &Path) -> Result<Self, ModelError> {
-        let weights = Weights::open(path)?;
+        Self::of(Weights::open(path)?)
+    }
+
+    /// [`load`](Self::load), and brings the weights into memory as `options` say; `progress` is told of bytes that have
+    /// to be read.
+    pub fn load_with(path: &Path, options: LoadOptions, progress: Progress<'_>) -> Result<Self, ModelError> {
+        // Everything about the header is checked before the first weight is read.
+        let mut weights = Self::load(path)?.weights;
+        weights.bring_in(options, progress)?;
+        Self::of(weights)
+    }
+
+    fn of(weights: Weights) -> Result<Self, ModelError> {
         let config = Config::read(&weights)?;
         let (d, vocab) = (config.embedding, config.vocab);
         let embedding = weights.tensor("token_embd.weight", vocab, d)?;
@@ -62,7 +75,6 @@ impl Model {
         let layers =
             (0..config.layers).map(|i| Layer::read(&weights, &config, i)).collect::<Result<_, _>>()?;
         let factors = weights.opt_vector("rope_freqs.weight", config.rope.dimensions / 2)?;
-        weights.read_ahead();
         let rope_frequencies = config.rope.frequencies(factors.as_deref());
         Ok(Self {
             config,
@@ -146,7 +158,8 @@ impl Model {
     /// # Errors
     /// It cannot be read, is malformed, or was made for another model.
     pub fn load_calibration(&self, path: &Path) -> Result<&Calibration, ModelError> {
-        let wrong = |error| ModelError::Calibration { name: path.display().to_string(), error };
+        let wrong =
+            |error| ModelError::Calibration { name: path.display().to_string(), error: Box::new(error) };
         let file = Weights::open(path)?;
         let read = Calibration::read(file.gguf(), file.bytes(), &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))
@@ -154,7 +167,7 @@ impl Model {
 
     /// Reads a calibration file from memory; `name` is for errors.
     pub fn read_calibration(&self, name: &str, bytes: &[u8]) -> Result<&Calibration, ModelError> {
-        let wrong = |error| ModelError::Calibration { name: name.into(), error };
+        let wrong = |error| ModelError::Calibration { name: name.into(), error: Box::new(error) };
         let file = Gguf::parse(bytes).map_err(|error| wrong(CalibrationError::Gguf(error)))?;
         let read = Calibration::read(&file, bytes, &self.facts(), &self.weights.fingerprint());
         Ok(self.set_calibration(read.map_err(wrong)?))

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::cut::CutScratch;
 use super::{KvCache, KvType, Model, ModelError, Probe};
 use crate::kernels::Kernels;
+use crate::memory::Pages;
 use crate::ops::attention::AttentionScratch;
 use crate::ops::{Compute, Inputs, MatmulScratch, RopeTable};
 use crate::skip::{Cut, SkipPolicy, SkipStats};
@@ -45,11 +46,11 @@ pub(super) struct Scratch {
     /// Most tokens of a step.
     pub batch: usize,
     /// `[n, embedding]`: the residual stream.
-    pub x: Vec<f32>,
+    pub x: Pages<f32>,
     /// `[rows, embedding]`: an FFN's output, where the stream before it is still needed.
-    pub ffn_out: Vec<f32>,
+    pub ffn_out: Pages<f32>,
     /// `[n, q_dim + 2 kv_dim]`
-    pub qkv: Vec<f32>,
+    pub qkv: Pages<f32>,
     /// `[n, embedding]`: normed stream.
     pub normed: Inputs,
     /// `[n, q_dim]`: the attention's output before its matrix.
@@ -121,6 +122,11 @@ impl State {
     /// The cache.
     pub fn kv(&self) -> &KvCache {
         &self.kv
+    }
+
+    /// Keeps the cache in memory (`--mlock`).
+    pub fn lock(&mut self) -> Result<(), ModelError> {
+        self.kv.lock()
     }
 
     /// What was skipped since the last [`clear_stats`](Self::clear_stats).
@@ -237,9 +243,9 @@ impl Scratch {
         let attention = || AttentionScratch::with_capacity(config.heads / config.kv_heads, config.head_dim);
         Self {
             batch,
-            x: vec![0.0; batch * d],
-            ffn_out: vec![0.0; batch * d],
-            qkv: vec![0.0; batch * (q + 2 * kv)],
+            x: Pages::zeroed(batch * d),
+            ffn_out: Pages::zeroed(batch * d),
+            qkv: Pages::zeroed(batch * (q + 2 * kv)),
             normed: Inputs::with_capacity(batch, d),
             attended: Inputs::with_capacity(batch, q),
             inner: Inputs::with_capacity(batch, ffn),

@@ -22,10 +22,21 @@ pub const MAX_ALONE: usize = 16;
 
 /// Where keys or values of one layer are read from: `n` positions of a head's `head_dim` numbers.
 pub trait CacheTile: Sync {
-    /// The half-precision bits of a head's positions, if stored so (contiguous).
-    fn half(&self, head: usize, positions: Range<usize>) -> Option<&[u16]>;
+    /// A head's positions as they are stored.
+    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_>;
     /// The numbers of a head's positions, widened.
     fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]);
+}
+
+/// Some positions of a head as they are stored, `[position][head_dim]`.
+#[derive(Clone, Copy)]
+pub enum Stored<'a> {
+    /// Numbers that are read in place.
+    F32(&'a [f32]),
+    /// Half-precision bits that are read in place.
+    F16(&'a [u16]),
+    /// A form that must be widened first.
+    Packed,
 }
 
 /// Shapes of an attention step.
@@ -163,32 +174,21 @@ impl Block {
     ) {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
         let AttentionScratch { queries, scores, out, wide, running } = scratch;
-        match keys.half(self.kv_head, positions.clone()) {
-            Some(keys) => {
-                for_rows(queries, scores, rows, dim, |q, scores| {
-                    kernels.dots_f16(q, keys, &mut scores[..positions.len()]);
-                });
-            }
-            None => {
-                let wide = &mut wide[..positions.len() * dim];
-                keys.widen(kernels, self.kv_head, positions.clone(), wide);
-                for_rows(queries, scores, rows, dim, |q, scores| {
-                    kernels.dots(q, wide, &mut scores[..positions.len()]);
-                });
-            }
-        }
-        let halves = values.half(self.kv_head, positions.clone());
-        if halves.is_none() {
-            values.widen(kernels, self.kv_head, positions.clone(), &mut wide[..positions.len() * dim]);
-        }
+        let (n, wide) = (positions.len(), &mut wide[..positions.len() * dim]);
+        let keys = in_place(kernels, keys, self.kv_head, &positions, wide);
+        for_rows(queries, scores, rows, dim, |q, scores| match keys {
+            InPlace::F16(keys) => kernels.dots_f16(q, keys, &mut scores[..n]),
+            InPlace::F32(keys) => kernels.dots(q, keys, &mut scores[..n]),
+        });
+        let values = in_place(kernels, values, self.kv_head, &positions, wide);
         for row in 0..rows {
             let n = self.visible(row, &positions);
             let weights = &mut scores[row * TILE..][..n];
             let out = &mut out[row * dim..][..dim];
             softmax_step(kernels, weights, &mut running[row], out);
-            match halves {
-                Some(values) => kernels.add_weighted_f16(out, weights, &values[..n * dim]),
-                None => kernels.add_weighted(out, weights, &wide[..n * dim]),
+            match values {
+                InPlace::F16(values) => kernels.add_weighted_f16(out, weights, &values[..n * dim]),
+                InPlace::F32(values) => kernels.add_weighted(out, weights, &values[..n * dim]),
             }
         }
     }
@@ -220,6 +220,31 @@ impl Block {
     }
 }
 
+/// Numbers that kernels can read.
+#[derive(Clone, Copy)]
+enum InPlace<'a> {
+    F32(&'a [f32]),
+    F16(&'a [u16]),
+}
+
+/// Keys or values where they are, or widened into `wide`.
+fn in_place<'a>(
+    kernels: Kernels,
+    cache: &'a impl CacheTile,
+    head: usize,
+    positions: &Range<usize>,
+    wide: &'a mut [f32],
+) -> InPlace<'a> {
+    match cache.stored(head, positions.clone()) {
+        Stored::F32(numbers) => InPlace::F32(numbers),
+        Stored::F16(bits) => InPlace::F16(bits),
+        Stored::Packed => {
+            cache.widen(kernels, head, positions.clone(), wide);
+            InPlace::F32(wide)
+        }
+    }
+}
+
 /// Calls `f` with each query and where its scores go.
 fn for_rows(
     queries: &[f32],
@@ -232,12 +257,24 @@ fn for_rows(
     queries.zip(scores.chunks_exact_mut(TILE)).for_each(|(q, scores)| f(q, scores));
 }
 
+/// The greatest number, several lanes at a time.
+fn max(x: &[f32]) -> f32 {
+    let (chunks, tail) = x.as_chunks::<16>();
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for x in chunks {
+        for (max, x) in lanes.iter_mut().zip(x) {
+            *max = if x > max { *x } else { *max };
+        }
+    }
+    lanes.iter().chain(tail).fold(f32::NEG_INFINITY, |max, x| max.max(*x))
+}
+
 /// Turns scores into weights relative to the running maximum, and rescales what was summed before.
 fn softmax_step(kernels: Kernels, scores: &mut [f32], running: &mut (f32, f32), out: &mut [f32]) {
     if scores.is_empty() {
         return;
     }
-    let max = scores.iter().fold(running.0, |m, &s| m.max(s));
+    let max = max(scores).max(running.0);
     let before = if running.0 == max { 1.0 } else { (running.0 - max).exp() };
     if before != 1.0 {
         out.iter_mut().for_each(|o| *o *= before);
@@ -250,15 +287,22 @@ mod tests {
     use super::*;
     use crate::threads::Team;
 
-    struct Plain(Vec<f32>, usize, usize);
+    /// Numbers, how many positions and columns there are, and whether they are read in place.
+    struct Plain(Vec<f32>, usize, usize, bool);
+
+    impl Plain {
+        fn tile(&self, head: usize, p: Range<usize>) -> &[f32] {
+            let &Self(ref data, capacity, dim, _) = self;
+            &data[(head * capacity + p.start) * dim..][..p.len() * dim]
+        }
+    }
 
     impl CacheTile for Plain {
-        fn half(&self, _: usize, _: Range<usize>) -> Option<&[u16]> {
-            None
+        fn stored(&self, head: usize, p: Range<usize>) -> Stored<'_> {
+            if self.3 { Stored::F32(self.tile(head, p)) } else { Stored::Packed }
         }
         fn widen(&self, _: Kernels, head: usize, p: Range<usize>, out: &mut [f32]) {
-            let Self(data, capacity, dim) = self;
-            out.copy_from_slice(&data[(head * capacity + p.start) * dim..][..p.len() * dim]);
+            out.copy_from_slice(self.tile(head, p));
         }
     }
 
@@ -308,8 +352,9 @@ mod tests {
                 ] {
                     let shape = Shape { heads, kv_heads, head_dim: dim, first };
                     let capacity = first + rows + 7;
-                    let k = Plain(random(kv_heads * capacity * dim), capacity, dim);
-                    let v = Plain(random(kv_heads * capacity * dim), capacity, dim);
+                    // Both ways, keys and values mixed.
+                    let k = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 1);
+                    let v = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 3);
                     let q = random(rows * heads * dim);
                     let mut out = vec![0.0; q.len()];
                     let mut scratch: Vec<_> = (0..threads).map(|_| AttentionScratch::default()).collect();

@@ -18,6 +18,11 @@ pub const GEMM_ROWS: usize = 17;
 const MIN_CHUNK: usize = 16;
 /// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
 const CHUNKS_A_THREAD: usize = 6;
+/// The least for small matrices: another thread may have had the chunk before, so that nobody has
+/// fetched the beginning of this one.
+const LEAST_CHUNKS_A_THREAD: usize = 2;
+/// Weight bytes beside which the beginning of a chunk does not count.
+const FEW_BYTES: usize = 96 << 10;
 /// Weight bytes of a chunk that several rows of activations go over one after the other: they stay in
 /// the L2 cache.
 const CACHED_BYTES: usize = 128 << 10;
@@ -55,7 +60,9 @@ fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> us
     if x.rows >= GEMM_ROWS {
         return PANEL_ROWS;
     }
-    let fair = outputs.div_ceil(on.team.threads() * CHUNKS_A_THREAD);
+    let shared_by = |chunks| outputs.div_ceil(on.team.threads() * chunks);
+    let fair = (FEW_BYTES / w.row_bytes().max(1))
+        .clamp(shared_by(CHUNKS_A_THREAD), shared_by(LEAST_CHUNKS_A_THREAD));
     let cached = if x.rows == 1 { usize::MAX } else { CACHED_BYTES / w.row_bytes().max(1) };
     fair.min(cached).next_multiple_of(4).max(MIN_CHUNK)
 }
@@ -108,7 +115,7 @@ pub fn matmul_swiglu(
         for t in tile.rows() {
             let gate = &mut scratch.acc[t * stride..][..n];
             on.kernels.silu_mul(gate, &scratch.up[t * stride..][..n]);
-            tile.row(t).copy_from_slice(gate);
+            copy(tile.row(t), gate);
         }
     });
 }
@@ -118,12 +125,20 @@ fn acc_stride(rows: usize, n: usize) -> usize {
     if rows >= GEMM_ROWS { PANEL_ROWS } else { n }
 }
 
+/// Copies a row of a tile; that of a full panel has a known length and needs no call.
+fn copy(to: &mut [f32], from: &[f32]) {
+    match (to.as_chunks_mut::<PANEL_ROWS>(), from.as_chunks::<PANEL_ROWS>()) {
+        (([to], []), ([from], [])) => *to = *from,
+        ((_, _), _) => to.copy_from_slice(from),
+    }
+}
+
 fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
     let (stride, first) = (acc_stride(tile.rows().len(), n), tile.cols().start + at);
     for t in tile.rows() {
         let (out, acc) = (&mut tile.row(t)[at..at + n], &acc[t * stride..][..n]);
         match epilogue {
-            Epilogue::Store | Epilogue::Bias([]) => out.copy_from_slice(acc),
+            Epilogue::Store | Epilogue::Bias([]) => copy(out, acc),
             Epilogue::Bias(bias) => {
                 for ((out, acc), bias) in out.iter_mut().zip(acc).zip(&bias[first..][..n]) {
                     *out = acc + bias;
@@ -132,6 +147,11 @@ fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, 
             Epilogue::Add => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
         }
     }
+}
+
+/// Columns of the panels of a matrix: about as many in each, of whole blocks and whole cache lines.
+fn panel_cols(cols: usize, ty: GgmlType) -> usize {
+    cols.div_ceil(cols.div_ceil(PANEL_COLS).max(1)).next_multiple_of(ty.block_len().max(64))
 }
 
 /// `acc[t][r] = W[rows][r] . x[t]`, rows of `acc` as [`acc_stride`] says.
@@ -167,8 +187,9 @@ fn product(
         (true, true) => {
             let acc = &mut acc[..x.rows * stride];
             acc.fill(0.0);
-            for from in (0..x.cols).step_by(PANEL_COLS) {
-                let cols = from..(from + PANEL_COLS).min(x.cols);
+            let step = panel_cols(x.cols, w.ty());
+            for from in (0..x.cols).step_by(step) {
+                let cols = from..(from + step).min(x.cols);
                 on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, &mut scratch.panel);
                 for term in 0..terms {
                     let rows = term * x.rows..(term + 1) * x.rows;

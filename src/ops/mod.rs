@@ -9,12 +9,13 @@ mod matmul;
 mod norm;
 mod rope;
 
-pub use columns::{COLUMN_ROWS, ColumnMatrix, column_scratch, matmul_columns};
-pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu};
+pub use columns::{COLUMN_ROWS, ColumnMatrix, column_scratch, matmul_columns, swiglu_columns};
+pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 
 use crate::kernels::{Activations, ColumnList, Kernels, Q8Row};
+use crate::memory::Pages;
 use crate::threads::Team;
 
 /// What every operation needs: who does the work, and with which instructions.
@@ -33,7 +34,7 @@ const REFINE_COLS: usize = 1024;
 pub struct Inputs {
     rows: usize,
     cols: usize,
-    f32: Vec<f32>,
+    f32: Pages<f32>,
     /// If `two_terms`, as many rows again hold what the first leave over, quantised in turn.
     q8: Activations,
     two_terms: bool,
@@ -57,9 +58,7 @@ impl Inputs {
     /// Makes this `rows x cols`; the contents are to be written anew.
     pub fn reshape(&mut self, rows: usize, cols: usize) {
         (self.rows, self.cols, self.two_terms) = (rows, cols, false);
-        if self.f32.len() < rows * cols {
-            self.f32.resize(rows * cols, 0.0);
-        }
+        self.f32.reserve(rows * cols);
         self.q8.reshape(rows, cols);
     }
 

@@ -6,6 +6,7 @@
 
 use super::error::PullError;
 use super::progress;
+use crate::memory;
 use sha2::{Digest, Sha256};
 use std::ffi::OsString;
 use std::fs::{self, File, TryLockError};
@@ -111,7 +112,8 @@ pub(super) fn publish(tmp: &Path, target: &Path, expected: &Expected) -> Result<
         }
     };
     // Without this a power cut could leave the new name on blocks that were never written.
-    File::open(tmp).and_then(|f| f.sync_all()).map_err(PullError::io("write", tmp))?;
+    let file = File::open(tmp).and_then(|file| file.sync_all().map(|()| file));
+    memory::leave_page_cache(&file.map_err(PullError::io("write", tmp))?);
     fs::rename(tmp, target).map_err(PullError::io("rename", tmp))?;
     write_marker(target, &sha256)
 }

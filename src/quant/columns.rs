@@ -15,20 +15,22 @@
 //!
 //! so that a column of a strip is a run of kilobytes, and all of it, if all is chosen, one sequential read. `min` is
 //! there for types that have one. Scales and mins are read for a group of which only a single column is chosen, so
-//! they are kept small: a byte each, spread evenly over the range that an output's scales have,
+//! they are kept small: a byte each, spread evenly up to the greatest that an output has,
 //!
 //! ```text
-//! scale = factor[output] * (code - zero[output])
+//! scale = factor[output] * (code - zero)
+//! min = factor[output] * ratio[output] * (code - min_zero)
 //! ```
 //!
 //! which moves a weight by some thousandths of itself, a small part of what its 4 bits did (docs/skipping.md).
-//! Factors and zeros are f32, beside the strip.
+//! Factors and ratios are f32, beside the strip. A zero is that of a whole strip, so that a kernel need not load it:
+//! 0, or 128 where there are scales of both signs.
 //!
 //! # Order within a column
 //! A kernel takes a tile of [`TILE`] outputs, whose sums fill 16 registers, and four columns at a time. It interleaves
 //! their bytes (unpack bytes, then words, in 16-byte lanes), which gives lanes of four bytes, an output each, for the
 //! byte dot product. The order of the codes of a tile is such that the sums come out in the order of the outputs: see
-//! [`ColumnLayout::low_place`].
+//! `ColumnLayout::low_place`.
 
 use std::ops::Range;
 
@@ -89,8 +91,10 @@ pub struct ColumnStrip<'a> {
     pub cols: usize,
     pub group_len: usize,
     pub has_min: bool,
-    /// `[factor, zero]` or `[factor, zero, min_factor, min_zero]`, `[..][width]`.
+    /// `[factor]` or `[factor, ratio]`, `[..][width]`.
     pub heads: &'a [f32],
+    /// Code of a scale of 0, and of a min of 0.
+    pub zeros: [f32; 2],
     /// `[groups][group_bytes]`
     pub groups: &'a [u8],
     pub group_bytes: usize,
@@ -169,7 +173,7 @@ impl ColumnLayout {
 
     /// Floats of a strip's heads.
     pub fn heads(&self, strip: usize) -> usize {
-        self.width(strip) * if has_min(self.ty) { 4 } else { 2 }
+        self.width(strip) * (1 + usize::from(has_min(self.ty))) + 2
     }
 
     /// Spans of [`SPAN`] columns, the last of which may be shorter.
@@ -206,6 +210,7 @@ impl ColumnLayout {
         assert!(strip < self.strips());
         let width = self.width(strip);
         let group_bytes = self.group_bytes(width);
+        let (heads, zeros) = heads[..self.heads(strip)].split_at(self.heads(strip) - 2);
         ColumnStrip {
             ty: self.ty,
             codes: self.codes(),
@@ -213,7 +218,8 @@ impl ColumnLayout {
             cols: self.cols,
             group_len: self.group_len(),
             has_min: has_min(self.ty),
-            heads: &heads[..self.heads(strip)],
+            heads,
+            zeros: [zeros[0], zeros[1]],
             groups: &groups[..self.groups() * group_bytes],
             group_bytes,
             column_bytes: self.column_bytes(width),
@@ -297,31 +303,55 @@ impl ColumnStrip<'_> {
     }
 }
 
-/// Finds the heads of output `o` of a strip: the ranges of its scales and mins. `row`: its weights.
-///
-/// Returns factor and zero of the scales, and of the mins (1 and 0 where there are none).
-pub fn heads_of(layout: &ColumnLayout, row: &[u8], s: &mut PackScratch) -> [f32; 4] {
-    let groups = layout.groups();
-    s.q.resize(layout.cols.max(SPAN), 0);
-    s.scale.resize(groups.max(SPAN), 0.0);
-    s.min.resize(groups.max(SPAN), 0.0);
-    unpack_row(layout.ty, row, &mut s.q[..layout.cols], &mut s.scale[..groups], &mut s.min[..groups]);
-    let (factor, zero) = spread(&s.scale[..groups]);
-    let (min_factor, min_zero) = if has_min(layout.ty) { spread(&s.min[..groups]) } else { (1.0, 0.0) };
-    [factor, zero, min_factor, min_zero]
+/// Least and greatest scale and min of an output.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ranges([[f32; 2]; 2]);
+
+impl Ranges {
+    /// Of the output with the weights `row`.
+    pub fn of(layout: &ColumnLayout, row: &[u8], s: &mut PackScratch) -> Self {
+        let groups = layout.groups();
+        s.q.resize(layout.cols.max(SPAN), 0);
+        s.scale.resize(groups.max(SPAN), 0.0);
+        s.min.resize(groups.max(SPAN), 0.0);
+        let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
+        unpack_row(layout.ty, row, &mut s.q[..layout.cols], scale, min);
+        let range = |values: &[f32]| {
+            let least = values.iter().fold(f32::INFINITY, |m, &v| m.min(v));
+            [least, values.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v))]
+        };
+        Self([range(scale), if has_min(layout.ty) { range(min) } else { [0.0; 2] }])
+    }
 }
 
-/// `(factor, zero)` such that the bytes stand for what is between the least and the greatest of `values`.
-fn spread(values: &[f32]) -> (f32, f32) {
-    let low = values.iter().fold(f32::INFINITY, |m, &v| m.min(v));
-    let high = values.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v));
-    let range = high - low;
-    // One value for all groups is met exactly, by code 1 over zero 0.
-    if !range.is_finite() || range <= low.abs().max(high.abs()) * 1e-6 {
-        return if low == 0.0 || !low.is_finite() { (1.0, 0.0) } else { (low, 0.0) };
+/// The heads of strip `strip`, whose outputs have the scales and mins `ranges`.
+pub fn heads_of(layout: &ColumnLayout, strip: usize, ranges: &[Ranges]) -> Vec<f32> {
+    let width = layout.width(strip);
+    let mut heads = vec![0.0; layout.heads(strip)];
+    let zeros = [0, 1].map(|part| {
+        let of_one_sign =
+            ranges.iter().all(|r| r.0[part][0] >= 0.0) || ranges.iter().all(|r| r.0[part][1] <= 0.0);
+        if of_one_sign { 0.0 } else { 128.0 }
+    });
+    for (o, Ranges([scales, mins])) in ranges.iter().enumerate() {
+        heads[o] = factor(*scales, zeros[0]);
+        if has_min(layout.ty) {
+            heads[width + o] = factor(*mins, zeros[1]) / heads[o];
+        }
     }
-    let factor = range / 255.0;
-    (factor, -low / factor)
+    let end = heads.len() - 2;
+    heads[end..].copy_from_slice(&zeros);
+    heads
+}
+
+/// What a code counts such that the bytes reach from the least value to the greatest.
+fn factor([least, greatest]: [f32; 2], zero: f32) -> f32 {
+    let most = if greatest.abs() >= least.abs() { greatest } else { least };
+    match most {
+        m if m == 0.0 || !m.is_finite() => 1.0,
+        m if zero == 0.0 => m / 255.0,
+        m => m.abs() / 127.0,
+    }
 }
 
 /// Buffers of packing.
@@ -330,6 +360,8 @@ pub struct PackScratch {
     q: Vec<u8>,
     scale: Vec<f32>,
     min: Vec<f32>,
+    /// `[SPAN][TILE]`: the codes of a tile, column by column.
+    turned: Vec<u8>,
 }
 
 /// Writes span `span` of strip `strip` of `matrix` to `bytes`, which were zero; `heads` are those of the strip.
@@ -349,36 +381,63 @@ pub fn pack(
     let width = layout.width(strip);
     let cols = span * SPAN..((span + 1) * SPAN).min(layout.cols);
     let (n, groups) = (cols.len(), cols.len() / layout.group_len());
+    let outputs = layout.outputs_of(strip);
+    let (heads, zeros) = heads[..layout.heads(strip)].split_at(layout.heads(strip) - 2);
     s.q.resize(n.max(SPAN), 0);
     s.scale.resize(groups.max(SPAN), 0.0);
     s.min.resize(groups.max(SPAN), 0.0);
-    let (scales, group_bytes) = (layout.scale_bytes(width), layout.group_bytes(width));
-    let (low_bytes, column_bytes) = (layout.parts(width).0, layout.column_bytes(width));
-    let indices = iq4_indices();
-    for (o, row) in layout.outputs_of(strip).enumerate() {
-        let row = &matrix.row(row)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
-        let (q, scale, min) = (&mut s.q[..n], &mut s.scale[..groups], &mut s.min[..groups]);
-        unpack_row(ty, row, q, scale, min);
-        let head = |which: usize| heads[which * width + o];
-        let code = |v: f32, which: usize| (v / head(which) + head(which + 1)).round_ties_even() as u8;
-        let [(low, shift), (high, bit)] = ColumnLayout::place(layout.codes(), width, low_bytes, o);
-        for (g, q) in q.chunks_exact(layout.group_len()).enumerate() {
-            let group = &mut bytes[g * group_bytes..][..group_bytes];
-            group[o] = code(scale[g], 0);
-            if has_min(ty) {
-                group[width + o] = code(min[g], 2);
-            }
-            let columns = group[scales..].chunks_exact_mut(column_bytes).zip(q);
-            match layout.codes() {
-                Codes::Bytes => columns.for_each(|(column, q)| column[low] = *q),
-                Codes::Table => {
-                    columns.for_each(|(column, q)| column[low] |= indices[usize::from(*q)] << shift);
+    s.turned.resize(TILE * SPAN, 0);
+    for tile in 0..width.div_ceil(TILE) {
+        let first = tile * TILE;
+        s.turned.fill(0);
+        for o in first..(first + TILE).min(outputs.len()) {
+            let row = &matrix.row(outputs.start + o)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
+            let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
+            unpack_row(ty, row, &mut s.q[..n], scale, min);
+            let factor = heads[o];
+            let code = |v: f32, factor: f32, zero: f32| (v / factor + zero).round_ties_even() as u8;
+            for (g, group) in bytes.chunks_exact_mut(layout.group_bytes(width)).take(groups).enumerate() {
+                group[o] = code(scale[g], factor, zeros[0]);
+                if has_min(ty) {
+                    group[width + o] = code(min[g], factor * heads[width + o], zeros[1]);
                 }
-                Codes::Nibbles { high: 0 } => columns.for_each(|(column, q)| column[low] |= q << shift),
-                Codes::Nibbles { .. } => columns.for_each(|(column, q)| {
-                    column[low] |= (q & 15) << shift;
-                    column[high] |= (q >> 4) << bit;
-                }),
+            }
+            let places = s.turned.chunks_exact_mut(TILE).zip(&s.q[..n]);
+            places.for_each(|(column, q)| column[o - first] = *q);
+        }
+        pack_tile(layout, width, tile, &s.turned[..n * TILE], bytes);
+    }
+}
+
+/// Writes the codes of a tile, `[cols][TILE]`, to the groups of a span.
+fn pack_tile(layout: &ColumnLayout, width: usize, tile: usize, codes: &[u8], bytes: &mut [u8]) {
+    let (group_bytes, column_bytes) = (layout.group_bytes(width), layout.column_bytes(width));
+    let (low_bytes, here) = (layout.parts(width).0, (width - tile * TILE).min(TILE));
+    let indices = iq4_indices();
+    for (c, column) in codes.chunks_exact(TILE).enumerate() {
+        let (group, in_group) = (c / layout.group_len(), c % layout.group_len());
+        let at = group * group_bytes + layout.scale_bytes(width) + in_group * column_bytes;
+        let to = &mut bytes[at..][..column_bytes];
+        // The codes of four outputs at a time: their bytes lie together in every place.
+        for (i, four) in column[..here].as_chunks::<4>().0.iter().enumerate() {
+            let four = match layout.codes() {
+                Codes::Table => four.map(|q| indices[usize::from(q)]),
+                _ => *four,
+            };
+            let [(low, shift), (high, bit)] =
+                ColumnLayout::place(layout.codes(), width, low_bytes, tile * TILE + 4 * i);
+            let mut add = |at: usize, v: u32| {
+                let place: &mut [u8; 4] = to[at..].first_chunk_mut().expect("four bytes");
+                *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
+            };
+            let codes = u32::from_le_bytes(four);
+            match layout.codes() {
+                Codes::Bytes => add(low, codes),
+                Codes::Nibbles { high: 1.. } => {
+                    add(low, (codes & 0x0f0f_0f0f) << shift);
+                    add(high, (codes >> 4 & 0x0f0f_0f0f) << bit);
+                }
+                _ => add(low, codes << shift),
             }
         }
     }
@@ -391,6 +450,20 @@ fn iq4_indices() -> [u8; 256] {
         index[usize::from(v.wrapping_add(-128) as u8)] = i as u8;
     }
     index
+}
+
+/// Heads and groups of a strip, for tests of this and other modules.
+#[cfg(test)]
+pub(crate) fn packed(layout: &ColumnLayout, matrix: &Matrix<'_>, strip: usize) -> (Vec<f32>, Vec<u8>) {
+    let mut scratch = PackScratch::default();
+    let outputs = layout.outputs_of(strip);
+    let ranges: Vec<_> = outputs.map(|o| Ranges::of(layout, matrix.row(o), &mut scratch)).collect();
+    let heads = heads_of(layout, strip, &ranges);
+    let mut groups = vec![0; layout.spans() * layout.span_bytes(strip)];
+    for (span, bytes) in groups.chunks_exact_mut(layout.span_bytes(strip)).enumerate() {
+        pack(layout, matrix, (strip, span), &heads, bytes, &mut scratch);
+    }
+    (heads, groups)
 }
 
 #[cfg(test)]
@@ -444,12 +517,12 @@ mod tests {
     }
 
     fn check_scales(strip: &ColumnStrip<'_>, part: usize, o: usize, want: &[f32]) {
-        let (factor, zero) = (strip.head(2 * part, o), strip.head(2 * part + 1, o));
-        let range =
-            want.iter().fold(f32::MIN, |m, &v| m.max(v)) - want.iter().fold(f32::MAX, |m, &v| m.min(v));
+        let factor = strip.head(0, o) * if part == 1 { strip.head(1, o) } else { 1.0 };
+        let zero = strip.zeros[part];
+        let most = want.iter().fold(0f32, |m, &v| m.max(v.abs()));
         for (g, want) in want.iter().enumerate() {
             let got = factor * (f32::from(strip.scale(part, g, o)) - zero);
-            let step = range / 255.0 * 0.51 + want.abs() * 1e-5;
+            let step = most / (255.0 - zero) * 0.51 + want.abs() * 1e-5;
             assert!((got - want).abs() <= step, "{:?} {o} {g}: {got} {want}", strip.ty);
         }
     }
@@ -487,20 +560,4 @@ mod tests {
             assert!(layout.bytes_read(Touched::default()) < rows / 100);
         }
     }
-}
-
-/// Heads and groups of a strip, for tests of this and other modules.
-#[cfg(test)]
-pub(crate) fn packed(layout: &ColumnLayout, matrix: &Matrix<'_>, strip: usize) -> (Vec<f32>, Vec<u8>) {
-    let (mut scratch, width) = (PackScratch::default(), layout.width(strip));
-    let mut heads = vec![0.0; layout.heads(strip)];
-    for (o, row) in layout.outputs_of(strip).enumerate() {
-        let found = heads_of(layout, matrix.row(row), &mut scratch);
-        heads.chunks_exact_mut(width).zip(found).for_each(|(heads, found)| heads[o] = found);
-    }
-    let mut groups = vec![0; layout.spans() * layout.span_bytes(strip)];
-    for (span, bytes) in groups.chunks_exact_mut(layout.span_bytes(strip)).enumerate() {
-        pack(layout, matrix, (strip, span), &heads, bytes, &mut scratch);
-    }
-    (heads, groups)
 }

@@ -1,6 +1,6 @@
 //! What a calibration run has learnt about a model, and its form in a `.skip.gguf` file.
 //!
-//! The keys are documented in docs/skip-file.md. A file is hostile until [`Calibration::read`] has returned:
+//! The keys are documented in docs/skipping.md. A file is hostile until [`Calibration::read`] has returned:
 //! every length is checked against the model's shape and every number against its range.
 
 use std::io;
@@ -300,8 +300,10 @@ impl CutPlan {
     }
 }
 
-/// The numbers of a point, by the end of their key.
-const POINT_FIELDS: [(&str, fn(&mut Point) -> &mut f32); 6] = [
+/// A number of a point: the end of its key, and where it is.
+type PointField = (&'static str, fn(&mut Point) -> &mut f32);
+
+const POINT_FIELDS: [PointField; 6] = [
     ("ratio", |p| &mut p.ratio),
     ("blocks", |p| &mut p.blocks),
     ("bytes", |p| &mut p.bytes),

@@ -56,16 +56,26 @@ impl CutSide {
     /// # Panics
     /// If the vectors of this side are neither empty nor as long as `x`.
     pub fn apply(&self, threshold: f32, x: &mut [f32]) {
+        let whole = |v: &[f32]| v.is_empty() || v.len() == x.len();
+        assert!(whole(&self.centre) && whole(&self.weight));
+        self.apply_from(threshold, 0, x);
+    }
+
+    /// [`apply`](Self::apply) to a part of a vector, its entries from `first` on.
+    ///
+    /// # Panics
+    /// If the vectors of this side are neither empty nor so long.
+    pub fn apply_from(&self, threshold: f32, first: usize, x: &mut [f32]) {
         if !self.centre.is_empty() {
-            assert_eq!(self.centre.len(), x.len());
-            x.iter_mut().zip(&self.centre).for_each(|(x, c)| *x -= c);
+            let centre = &self.centre[first..][..x.len()];
+            x.iter_mut().zip(centre).for_each(|(x, c)| *x -= c);
         }
         if self.weight.is_empty() {
             x.iter_mut().for_each(|x| *x = if x.abs() < threshold { 0.0 } else { *x });
             return;
         }
-        assert_eq!(self.weight.len(), x.len());
-        for (x, w) in x.iter_mut().zip(&self.weight) {
+        let weight = &self.weight[first..][..x.len()];
+        for (x, w) in x.iter_mut().zip(weight) {
             *x = if x.abs() * w < threshold { 0.0 } else { *x };
         }
     }

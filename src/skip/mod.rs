@@ -7,6 +7,7 @@
 //! compares with leave out whole layers; their tokens have keys and values all the same.
 
 mod baselines;
+mod built_in;
 mod cut;
 mod cutting;
 mod ffn_skip;
@@ -16,6 +17,7 @@ mod options;
 mod stats;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
+pub use built_in::BUILT_IN;
 pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point};
 pub use cut::{Cut, CutPlan, CutSide, LayerCut};
 pub use cutting::Cutting;

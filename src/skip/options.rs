@@ -85,10 +85,8 @@ pub enum SkipError {
          which is found beside the model, or name its file with --skip-file"
     )]
     NeedsCalibration { mode: &'static str, with: &'static str },
-    #[error(
-        "--skip auto: the calibration file has no setting of sufficient quality; name a policy and a ratio"
-    )]
-    NoPoint,
+    #[error("--skip auto: the calibration file sends it to {found:?}")]
+    NoPoint { found: String },
     #[error("--skip cut: the calibration file has nothing on neurons; calibrate anew")]
     NoCuts,
 }
@@ -183,15 +181,17 @@ impl SkipOptions {
         })
     }
 
-    /// These options with `auto` replaced by what it stands for.
+    /// These options with `auto` replaced by what it stands for: nothing, where no setting of the calibration is good
+    /// enough.
     pub fn resolved(&self, calibration: Option<&Calibration>) -> Result<Self, SkipError> {
         if self.mode != SkipMode::Auto {
             return Ok(self.clone());
         }
-        let point = self.calibrated(calibration)?.auto_point().ok_or(SkipError::NoPoint)?;
-        let mode = SkipMode::from_name(&point.policy)?;
-        match mode {
-            SkipMode::Auto => Err(SkipError::NoPoint),
+        let Some(point) = self.calibrated(calibration)?.auto_point() else {
+            return Ok(Self { mode: SkipMode::Off, ..self.clone() });
+        };
+        match SkipMode::from_name(&point.policy)? {
+            SkipMode::Auto => Err(SkipError::NoPoint { found: point.policy.clone() }),
             mode => Ok(Self { mode, ratio: Some(point.ratio), ..self.clone() }),
         }
     }
@@ -336,7 +336,8 @@ mod tests {
     fn auto_is_what_the_file_says() {
         let mut calibration = calibration();
         let auto = SkipOptions { mode: SkipMode::Auto, ..Default::default() };
-        assert_eq!(auto.resolved(Some(&calibration)), Err(SkipError::NoPoint));
+        assert_eq!(auto.resolved(Some(&calibration)).unwrap().mode, SkipMode::Off, "nothing is good enough");
+        assert_eq!(auto.policy(&FACTS, Some(&calibration)).unwrap().name(), "off");
         calibration.points = vec![super::super::Point {
             policy: "static".into(),
             ratio: 0.2,
@@ -351,6 +352,6 @@ mod tests {
         assert_eq!((resolved.mode, resolved.ratio), (SkipMode::Static, Some(0.2)));
         // A file cannot send it round in circles.
         calibration.points[0].policy = "auto".into();
-        assert_eq!(auto.resolved(Some(&calibration)), Err(SkipError::NoPoint));
+        assert!(matches!(auto.resolved(Some(&calibration)), Err(SkipError::NoPoint { .. })));
     }
 }

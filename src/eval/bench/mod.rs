@@ -1,7 +1,8 @@
 //! Speed, measured as llama-bench measures it: prompts (`pp`) and generation (`tg`), at a depth of the context.
 //!
 //! A [`Run`] prepares one test (cache filled to its depth, a warm-up) and then repeats it as often as the caller likes;
-//! around each repetition it times a read of fresh memory with the same threads. What else the machine does thus
+//! around each repetition it times the limit with the same threads: a read of memory, or the kernels' integer
+//! instruction on registers. What else the machine does thus
 //! drifts through the speed and through the limit that it is judged by alike.
 
 mod report;
@@ -13,7 +14,7 @@ pub use report::{Report, Rival as RivalReport};
 pub use rival::{Rival, RivalError};
 
 use crate::kernels::Kernels;
-use crate::machine::{Memory, read_sweep, sweep_buffer_of};
+use crate::machine::{Memory, int8_peak, read_sweep, sweep_buffer_of};
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{SkipOptions, SkipStats};
@@ -21,6 +22,9 @@ use crate::threads::Team;
 
 /// Bytes of a sweep: more than the last-level caches of large servers hold.
 const SWEEP_BYTES: u64 = 1 << 30;
+
+/// Of so many the best counts: a pass takes less than a millisecond.
+const PEAK_PASSES: usize = 20;
 
 /// One test; either `prompt` or `generate` is 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +74,8 @@ pub struct BenchOptions {
     pub kv: KvType,
     /// FFN skipping.
     pub skip: SkipOptions,
+    /// Keep the cache in memory.
+    pub mlock: bool,
 }
 
 /// Memory that is read for comparison.
@@ -106,6 +112,7 @@ pub struct Run<'a> {
     state: State,
     samples: Vec<Duration>,
     sweeps: Vec<f64>,
+    peaks: Vec<f64>,
     stats: SkipStats,
     started: SystemTime,
 }
@@ -122,7 +129,10 @@ impl<'a> Run<'a> {
     ) -> Result<Self, ModelError> {
         let config = model.config();
         let policy = model.policy(&options.skip)?;
-        let state = State::new(model, team, (test.context(), options.batch), options.kv, policy);
+        let mut state = State::new(model, team, (test.context(), options.batch), options.kv, policy);
+        if options.mlock {
+            state.lock()?;
+        }
         let mut run = Self {
             model,
             on: Model::compute(team, kernels),
@@ -133,12 +143,13 @@ impl<'a> Run<'a> {
             state,
             samples: Vec::new(),
             sweeps: Vec::new(),
+            peaks: Vec::new(),
             stats: SkipStats::new(config.layers),
             started: SystemTime::now(),
         };
         run.prompt(0, test.depth, false, go_on)?;
         run.pass(test.prompt, test.generate.min(1), go_on)?;
-        run.measure_sweep();
+        run.measure_limits();
         Ok(run)
     }
 
@@ -149,7 +160,7 @@ impl<'a> Run<'a> {
         if let Some(time) = time {
             self.samples.push(time);
             self.stats.add(self.state.stats());
-            self.measure_sweep();
+            self.measure_limits();
         }
         Ok(())
     }
@@ -159,8 +170,12 @@ impl<'a> Run<'a> {
         (!self.samples.is_empty()).then(|| Report::new(self))
     }
 
-    fn measure_sweep(&mut self) {
-        self.sweeps.extend(self.sweep.measure(self.on.team));
+    /// What generation and prompts are bound by.
+    fn measure_limits(&mut self) {
+        match self.test.prompt {
+            0 => self.sweeps.extend(self.sweep.measure(self.on.team)),
+            _ => self.peaks.extend(int8_peak(self.on.team, self.on.kernels, PEAK_PASSES)),
+        }
     }
 
     /// From the test's depth on, so many tokens of a prompt and then one by one. `None` if it was stopped.

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Run;
 use crate::machine::Machine;
-use crate::model::{KvType, Model};
+use crate::model::Model;
 
 /// One test. Speeds are tokens a second, `gbps` is 1e9 bytes a second.
 ///
@@ -16,6 +16,7 @@ use crate::model::{KvType, Model};
 #[allow(missing_docs)] // llama-bench's names, most of them
 pub struct Report {
     pub build_commit: &'static str,
+    pub build_number: u32,
     pub cpu_info: String,
     pub gpu_info: &'static str,
     pub backends: &'static str,
@@ -49,13 +50,18 @@ pub struct Report {
     pub median_ts: f64,
     /// Weight bytes that a generated token read, skipped ones left out, times the median speed; of generation only.
     pub weight_gbps: Option<f64>,
-    /// Median of reading 1 GiB with the same threads, before, between and after the repetitions.
+    /// Median of reading 1 GiB with the same threads, before, between and after the repetitions; of generation.
     pub sweep_gbps: Option<f64>,
     /// `weight_gbps / sweep_gbps`
     pub sweep_share: Option<f64>,
     /// Integer operations of the matrix products, two a weight and token, times the median speed, 1e12 a second; of
     /// prompts only.
     pub tops: Option<f64>,
+    /// Median of what the kernels' integer instruction does on registers, 1e12 a second, with the same threads, before,
+    /// between and after the repetitions; of prompts, with kernels whose peak is measured.
+    pub peak_tops: Option<f64>,
+    /// `tops / peak_tops`
+    pub peak_share: Option<f64>,
     pub kernel: &'static str,
     pub skip: &'static str,
     /// Share of the FFN blocks of the timed tokens that was skipped.
@@ -92,12 +98,12 @@ impl Report {
         let read = model.decode_bytes() as f64 - model.ffn_bytes() as f64 * stats.weighted_share(ffn_bytes);
         let weight_gbps = (run.test.generate > 0).then_some(read * median_ts / 1e9);
         let sweep_gbps = (!run.sweeps.is_empty()).then(|| median(&run.sweeps) / 1e9);
-        let kv = match run.state.kv().kind() {
-            KvType::F16 => "f16",
-            KvType::Q8_0 => "q8_0",
-        };
+        let peak_tops = (!run.peaks.is_empty()).then(|| median(&run.peaks) / 1e12);
+        let tops = (run.test.prompt > 0).then(|| operations(run) * median_ts / tokens / 1e12);
+        let kv = run.state.kv().kind().name();
         Self {
             build_commit: concat!("skiff-", env!("CARGO_PKG_VERSION")),
+            build_number: 0,
             cpu_info: Machine::detect().cpu.unwrap_or_default(),
             gpu_info: "",
             backends: "CPU",
@@ -111,7 +117,7 @@ impl Report {
             type_k: kv,
             type_v: kv,
             n_gpu_layers: 0,
-            use_mmap: true,
+            use_mmap: model.weights().is_mapped(),
             embeddings: false,
             n_prompt: run.test.prompt,
             n_gen: run.test.generate,
@@ -128,7 +134,9 @@ impl Report {
             weight_gbps,
             sweep_gbps,
             sweep_share: weight_gbps.zip(sweep_gbps).map(|(weights, sweep)| weights / sweep),
-            tops: (run.test.prompt > 0).then(|| operations(run) * median_ts / tokens / 1e12),
+            tops,
+            peak_tops,
+            peak_share: tops.zip(peak_tops).map(|(tops, peak)| tops / peak),
             kernel: run.on.kernels.name(),
             skip: run.state.policy_name(),
             ffn_skipped: stats.share(),

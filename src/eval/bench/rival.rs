@@ -71,8 +71,8 @@ impl Rival {
         for (flag, n) in numbers {
             command.arg(flag).arg(n.to_string());
         }
-        if options.kv == KvType::Q8_0 {
-            command.args(["-ctk", "q8_0", "-ctv", "q8_0", "-fa", "1"]);
+        if options.kv != KvType::F16 {
+            command.args(["-ctk", options.kv.name(), "-ctv", options.kv.name(), "-fa", "1"]);
         }
         let output = command.stdin(Stdio::null()).output();
         let output = output.map_err(|error| RivalError::Start { program: program(), error })?;

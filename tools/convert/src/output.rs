@@ -85,6 +85,7 @@ impl GgufOutput {
         let file = writer.finish().and_then(|out| Ok(out.finish()?)).map_err(|error| self.failure(error))?;
         // What is not on the disk yet may still not fit.
         file.sync_all().map_err(|error| self.failure(error.into()))?;
+        skiff::memory::leave_page_cache(&file);
         drop(file);
         fs::rename(&self.temporary, &self.path).map_err(ConvertError::io(&self.path))
     }

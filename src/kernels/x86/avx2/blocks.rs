@@ -331,7 +331,9 @@ pub(in crate::kernels::x86) fn q2_k(b: &[u8; 84]) -> Super {
 pub(in crate::kernels::x86) fn q3_k(b: &[u8; 110]) -> Super {
     let bits = load32(part::<0, 32>(b)); // bit `i` of byte `j`: the third bit of weight `32 i + j`
     let q = crumbs(part::<32, 64>(b));
-    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b)).map(|word| word as i32);
+    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b));
+    let pair =
+        |first: u32, second: u32| _mm_cvtsi64_si128((u64::from(second) << 32 | u64::from(first)) as i64);
     let d = _mm256_set1_ps(half(word::<108>(b)));
     let floats = |b| {
         let scale = _mm256_sub_epi32(_mm256_cvtepu8_epi32(b), _mm256_set1_epi32(32));
@@ -348,7 +350,7 @@ pub(in crate::kernels::x86) fn q3_k(b: &[u8; 110]) -> Super {
             _mm256_or_si256(q[6], bit::<6, 2>(bits)),
             _mm256_or_si256(q[7], bit::<7, 2>(bits)),
         ],
-        scale: [floats(_mm_setr_epi32(s0, s1, 0, 0)), floats(_mm_setr_epi32(s2, s3, 0, 0))],
+        scale: [floats(pair(s0, s1)), floats(pair(s2, s3))],
         min: [_mm256_setzero_ps(); 2],
     }
 }

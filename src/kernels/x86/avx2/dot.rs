@@ -127,7 +127,12 @@ pub(in crate::kernels::x86) fn acts_bytes4(x: &Q8Row<'_>, step: usize) -> ([__m2
 #[inline]
 #[target_feature(enable = "avx2")]
 fn load_q8(x: &Q8Row<'_>, at: usize) -> [__m256i; 8] {
-    std::array::from_fn(|i| load_q(x, at + 32 * i))
+    // Not `from_fn`: its closure would be called from a function without the features.
+    let mut q = [_mm256_setzero_si256(); 8];
+    for (i, q) in q.iter_mut().enumerate() {
+        *q = load_q(x, at + 32 * i);
+    }
+    q
 }
 
 #[inline]
@@ -475,11 +480,15 @@ fn store_floats(y: __m256) -> [f32; 8] {
     f
 }
 
-/// Signed bytes, 128 added.
+/// Signed bytes, 128 added. (A loop: the closure of a `map` would be called from a function without
+/// the features.)
 #[inline]
 #[target_feature(enable = "avx2")]
-fn unsigned(y: __m256i) -> __m256i {
-    _mm256_xor_si256(y, _mm256_set1_epi8(-128))
+fn unsigned<const N: usize>(mut q: [__m256i; N]) -> [__m256i; N] {
+    for y in &mut q {
+        *y = _mm256_xor_si256(*y, _mm256_set1_epi8(-128));
+    }
+    q
 }
 
 /// Four blocks in the order of the row, with their scales and minima.
@@ -552,7 +561,7 @@ fn unpack8<const BYTES: usize>(
 fn straight_iq4_xs(w: Super) -> Super {
     let ((q0, q1), (q2, q3)) = (halves(w.q[0], w.q[1]), halves(w.q[2], w.q[3]));
     let ((q4, q5), (q6, q7)) = (halves(w.q[4], w.q[5]), halves(w.q[6], w.q[7]));
-    Super { q: [q0, q1, q2, q3, q4, q5, q6, q7].map(|q| unsigned(q)), ..w }
+    Super { q: unsigned([q0, q1, q2, q3, q4, q5, q6, q7]), ..w }
 }
 
 /// See `quant::unpack_row`, with which the results are identical.
@@ -568,7 +577,7 @@ pub(in crate::kernels::x86) fn unpack(
     match ty {
         Q8_0 => unpack4(b, q, scale, min, |b| {
             let Bytes4 { q, scale } = blocks::q8_0(b);
-            (q.map(|q| unsigned(q)), scale, _mm_setzero_ps())
+            (unsigned(q), scale, _mm_setzero_ps())
         }),
         Q4_0 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_0(b))),
         Q4_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_1(b))),
@@ -576,7 +585,7 @@ pub(in crate::kernels::x86) fn unpack(
         Q5_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q5_1(b))),
         IQ4_NL => unpack4(b, q, scale, min, |b| {
             let (q, scale, min) = row_order(&blocks::iq4_nl(b));
-            (q.map(|q| unsigned(q)), scale, min)
+            (unsigned(q), scale, min)
         }),
         Q2_K => unpack8(b, 16, q, scale, min, |b| blocks::q2_k(b)),
         Q3_K => unpack8(b, 16, q, scale, min, |b| blocks::q3_k(b)),

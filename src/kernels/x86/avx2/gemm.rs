@@ -25,9 +25,10 @@ pub(in crate::kernels::x86) fn interleave(plain: &[u8], cols: usize, q: &mut [u8
             // SAFETY: row `rows + r` has 32 columns from `col` on, and the destination of column
             // group `c` of these 8 rows is 32 bytes inside `q`.
             unsafe {
-                let y = std::array::from_fn(|r| {
-                    _mm256_loadu_si256(plain.as_ptr().add((rows + r) * cols + col).cast())
-                });
+                let mut y = [_mm256_setzero_si256(); 8];
+                for (r, y) in y.iter_mut().enumerate() {
+                    *y = _mm256_loadu_si256(plain.as_ptr().add((rows + r) * cols + col).cast());
+                }
                 for (c, y) in transpose8(y).into_iter().enumerate() {
                     let at = ((col / 4 + c) * PANEL_ROWS + rows) * 4;
                     _mm256_storeu_si256(q.as_mut_ptr().add(at).cast(), y);

@@ -88,18 +88,21 @@ fn widen16(bits: &[u16; 16]) -> [f32; 16] {
 pub(super) fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i32]) {
     let blocks = x.as_chunks::<32>().0.iter().zip(q.as_chunks_mut::<32>().0);
     for ((x, q), (scale, sum)) in blocks.zip(scale.iter_mut().zip(sum.as_chunks_mut::<2>().0)) {
-        // SAFETY: `x` is 32 floats.
-        let x: [__m256; 4] = std::array::from_fn(|i| unsafe { _mm256_loadu_ps(x.as_ptr().add(8 * i)) });
-        let size = x.map(|x| _mm256_andnot_ps(_mm256_set1_ps(-0.0), x));
-        let max8 = _mm256_max_ps(_mm256_max_ps(size[0], size[1]), _mm256_max_ps(size[2], size[3]));
+        let mut y = [_mm256_setzero_ps(); 4];
+        for (y, x) in y.iter_mut().zip(x.as_chunks::<8>().0) {
+            // SAFETY: `x` is 8 floats.
+            *y = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+        }
+        let size = |i: usize| _mm256_andnot_ps(_mm256_set1_ps(-0.0), y[i]);
+        let max8 = _mm256_max_ps(_mm256_max_ps(size(0), size(1)), _mm256_max_ps(size(2), size(3)));
         let max4 = _mm_max_ps(_mm256_castps256_ps128(max8), _mm256_extractf128_ps::<1>(max8));
         let max2 = _mm_max_ps(max4, _mm_movehl_ps(max4, max4));
         let max = _mm_cvtss_f32(_mm_max_ss(max2, _mm_movehdup_ps(max2)));
         let inverse = _mm256_set1_ps(if max > 1e-30 { 127.0 / max } else { 0.0 });
         *scale = max / 127.0;
-        let n = x.map(|x| _mm256_cvtps_epi32(_mm256_mul_ps(x, inverse)));
+        let n = |i: usize| _mm256_cvtps_epi32(_mm256_mul_ps(y[i], inverse));
         // Packing works in 128-bit lanes: the permutation puts its runs of four in order.
-        let words = [_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3])];
+        let words = [_mm256_packs_epi32(n(0), n(1)), _mm256_packs_epi32(n(2), n(3))];
         let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
         let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(words[0], words[1]), order);
         // What is not a number became -128, which the sign trick could not negate.

@@ -373,8 +373,9 @@ pub(super) fn q3_k(b: &[u8; 110]) -> Super {
         _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, select), q, _mm512_set1_epi8(4))
     };
     let q = crumbs(part::<32, 64>(b));
-    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b)).map(|word| word as i32);
-    let scale = _mm512_cvtepu8_epi32(_mm_setr_epi32(s0, s1, s2, s3));
+    let [s0, s1, s2, s3] = scales_q3_k(part::<96, 12>(b));
+    let scale = _mm_setr_epi32(s0 as i32, s1 as i32, s2 as i32, s3 as i32);
+    let scale = _mm512_cvtepu8_epi32(scale);
     let scale = _mm512_sub_epi32(scale, _mm512_set1_epi32(32));
     let d = _mm512_set1_ps(half(word::<108>(b)));
     Super {

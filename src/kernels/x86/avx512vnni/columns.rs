@@ -16,119 +16,148 @@ const BYTES: u8 = 3;
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
     match strip.codes {
-        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, out, mins),
-        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, out, mins),
-        Codes::Table => kernel::<TABLE>(strip, chosen, out, mins),
-        Codes::Bytes => kernel::<BYTES>(strip, chosen, out, mins),
+        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, out),
+        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, out),
+        Codes::Table => kernel::<TABLE>(strip, chosen, out),
+        Codes::Bytes => kernel::<BYTES>(strip, chosen, out),
     }
 }
 
 /// Group after group; in a group tile after tile, while the next group is fetched, its columns one after the other:
 /// in runs that the memory system can follow.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32], mins: &mut [f32]) {
+fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
     let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
     let tiles = strip.width.div_ceil(TILE);
     let mut all_sums = 0f32;
     let mut at = chosen.start as usize;
-    let mut next = match chosen.groups.first() {
-        Some(g) => Group::new(strip, g, &chosen.bundles[at..g.end as usize]),
-        None => return,
-    };
-    next.fetch(usize::MAX);
+    let Some(g) = chosen.groups.first() else { return };
+    Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]).lines(usize::MAX);
     for (i, g) in chosen.groups.iter().enumerate() {
         let bundles = &chosen.bundles[at..g.end as usize];
         at = g.end as usize;
-        let group = next;
-        let mut lines = 0;
-        if let Some(g) = chosen.groups.get(i + 1) {
-            next = Group::new(strip, g, &chosen.bundles[at..g.end as usize]);
-            lines = next.lines().div_ceil(tiles * bundles.len());
-        }
-        let sum = g.scale * g.sum as f32;
-        all_sums += sum;
+        let mut next = match chosen.groups.get(i + 1) {
+            Some(g) => Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]),
+            None => Fetch::new(strip, g, &[]),
+        };
+        let group = Group::new(strip, g, bundles, next.all().div_ceil(tiles * bundles.len()));
+        all_sums += group.sum;
         for tile in 0..tiles {
-            let ahead = (&mut next, lines);
             if strip.width - tile * TILE >= TILE {
-                one_tile::<KIND, 16>(strip, &whole, g, &group, bundles, tile, ahead, out);
+                one_tile::<KIND, 16>(&group, &whole, tile, &mut next, out);
             } else {
-                one_tile::<KIND, 8>(strip, &half, g, &group, bundles, tile, ahead, out);
+                one_tile::<KIND, 8>(&group, &half, tile, &mut next, out);
             }
         }
-        if strip.has_min {
-            add_mins(strip, g, sum, mins);
-        }
     }
-    finish(strip, all_sums, out, mins);
+    finish(strip, all_sums, out);
 }
 
 /// Most bundles of a group: 32 columns.
 const BUNDLES: usize = 8;
 
-/// Where the chosen columns of a group are, and how far they have been fetched.
-#[derive(Clone, Copy)]
-struct Group {
-    start: *const u8,
-    bundles: usize,
+/// A group, its chosen columns and where they are.
+struct Group<'a> {
+    strip: &'a ColumnStrip<'a>,
+    /// Its scales, its mins and its columns.
+    bytes: &'a [u8],
+    bundles: &'a [Bundle],
     columns: [[*const u8; 4]; BUNDLES],
-    scale_bytes: usize,
-    column_bytes: usize,
-    /// Next to be fetched: a column (0: the scales, 1: the first one), and the byte in it.
-    fetch: (usize, usize),
+    /// Scale of the activations.
+    scale: f32,
+    /// Sum of the activations.
+    sum: f32,
+    /// What the dot products start from.
+    start: i32,
+    /// Lines to fetch of the next group in each step.
+    ahead: usize,
 }
 
-impl Group {
+impl<'a> Group<'a> {
     #[inline]
-    fn new(strip: &ColumnStrip<'_>, g: &ChosenGroup, bundles: &[Bundle]) -> Self {
+    fn new(strip: &'a ColumnStrip<'a>, g: &ChosenGroup, bundles: &'a [Bundle], ahead: usize) -> Self {
         let group = g.group as usize;
-        let start = strip.groups[group * strip.group_bytes..].as_ptr();
+        let bytes = &strip.groups[group * strip.group_bytes..][..strip.group_bytes];
         let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
-        let mut columns = [[start; 4]; BUNDLES];
+        let mut columns = [[bytes.as_ptr(); 4]; BUNDLES];
         for (columns, bundle) in columns.iter_mut().zip(bundles) {
             for (column, &col) in columns.iter_mut().zip(&bundle.cols) {
                 let in_group = col as usize - group * strip.group_len;
-                *column = start.wrapping_add(scale_bytes + in_group * strip.column_bytes);
+                *column = bytes.as_ptr().wrapping_add(scale_bytes + in_group * strip.column_bytes);
             }
         }
-        let column_bytes = strip.column_bytes;
-        Self { start, bundles: bundles.len(), columns, scale_bytes, column_bytes, fetch: (0, 0) }
+        let sum = g.scale * g.sum as f32;
+        let start = -i32::from(zero_point(strip.ty)) * g.sum;
+        Self { strip, bytes, bundles, columns, scale: g.scale, sum, start, ahead }
     }
+}
 
-    /// Cache lines to be fetched, at most.
+/// A group that is being fetched: its scales, then one column after the other. Into L2: a core can have more lines on
+/// their way to it than to L1.
+struct Fetch<'a> {
+    /// Where column 0 of the matrix would be if all were as far apart as in this group.
+    origin: *const u8,
+    column_bytes: usize,
+    bundles: &'a [Bundle],
+    /// The next column.
+    column: usize,
+    at: *const u8,
+    /// Lines of what is being fetched that are left.
+    left: usize,
+}
+
+impl<'a> Fetch<'a> {
     #[inline]
-    fn lines(&self) -> usize {
-        (self.scale_bytes + 4 * self.bundles * self.column_bytes) / 64
+    fn new(strip: &ColumnStrip<'_>, g: &ChosenGroup, bundles: &'a [Bundle]) -> Self {
+        let group = g.group as usize;
+        let at = strip.groups[group * strip.group_bytes..].as_ptr();
+        let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
+        let before = group * strip.group_len * strip.column_bytes;
+        Self {
+            origin: at.wrapping_add(scale_bytes).wrapping_sub(before),
+            column_bytes: strip.column_bytes,
+            bundles,
+            column: 0,
+            at,
+            left: scale_bytes / 64,
+        }
     }
 
-    /// Asks for up to `lines` more cache lines. Into L2: a core can have more lines on their way to it than to L1.
+    /// Lines that are left at first, or some more.
+    #[inline]
+    fn all(&self) -> usize {
+        if self.bundles.is_empty() { 0 } else { self.left + 4 * self.bundles.len() * self.column_bytes / 64 }
+    }
+
+    /// Asks for up to `n` more cache lines.
     #[inline]
     #[target_feature(enable = "sse")]
-    fn fetch(&mut self, mut lines: usize) {
-        let (mut column, mut byte) = self.fetch;
-        while lines > 0 {
-            let (start, bytes) = match column.checked_sub(1) {
-                None => (self.start, self.scale_bytes),
-                Some(c) if c < 4 * self.bundles => {
-                    let four = &self.columns[c / 4];
-                    // A bundle that is not full repeats its first column.
-                    let again = c % 4 > 0 && four[c % 4] == four[0];
-                    (four[c % 4], if again { 0 } else { self.column_bytes })
-                }
-                Some(_) => break,
-            };
-            let n = lines.min((bytes - byte.min(bytes)) / 64);
-            for _ in 0..n {
-                _mm_prefetch::<_MM_HINT_T1>(start.wrapping_add(byte).cast());
-                byte += 64;
+    fn lines(&mut self, n: usize) {
+        for _ in 0..n {
+            if self.left == 0 && !self.next_column() {
+                return;
             }
-            lines -= n;
-            if byte >= bytes {
-                (column, byte) = (column + 1, 0);
+            _mm_prefetch::<_MM_HINT_T1>(self.at.cast());
+            self.at = self.at.wrapping_add(64);
+            self.left -= 1;
+        }
+    }
+
+    #[inline]
+    fn next_column(&mut self) -> bool {
+        while let Some(bundle) = self.bundles.get(self.column / 4) {
+            let (i, cols) = (self.column % 4, bundle.cols);
+            self.column += 1;
+            // A bundle that is not full repeats its first column.
+            if i == 0 || cols[i] != cols[0] {
+                self.at = self.origin.wrapping_add(cols[i] as usize * self.column_bytes);
+                self.left = self.column_bytes / 64;
+                return true;
             }
         }
-        self.fetch = (column, byte);
+        false
     }
 }
 
@@ -214,42 +243,61 @@ fn high_lines(columns: &[*const u8; 4], at: usize, bytes: usize) -> [__m512i; 4]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 fn one_tile<const KIND: u8, const A: usize>(
-    strip: &ColumnStrip<'_>,
+    group: &Group<'_>,
     high: &High,
-    g: &ChosenGroup,
-    group: &Group,
-    bundles: &[Bundle],
     tile: usize,
-    (next, lines): (&mut Group, usize),
+    next: &mut Fetch<'_>,
     out: &mut [f32],
 ) {
+    let strip = group.strip;
     let low_at = if KIND == BYTES { tile * TILE } else { tile * TILE / 2 };
     let high_at = match strip.codes {
         Codes::Nibbles { high } if KIND == NIBBLES_AND_HIGH => strip.low_bytes + tile * TILE * high / 8,
         _ => 0,
     };
-    let start = -i32::from(zero_point(strip.ty)) * g.sum;
-    let mut dots = [_mm512_set1_epi32(start); A];
+    let mut dots = [_mm512_set1_epi32(group.start); A];
     if KIND == NIBBLES {
         // High nibbles are not shifted down but count 16 times.
         for pair in dots.as_chunks_mut::<2>().0 {
-            pair[1] = _mm512_set1_epi32(16 * start);
+            pair[1] = _mm512_set1_epi32(16 * group.start);
         }
     }
-    for (bundle, columns) in bundles.iter().zip(&group.columns) {
-        next.fetch(lines);
+    for (bundle, columns) in group.bundles.iter().zip(&group.columns) {
+        next.lines(group.ahead);
         add_bundle::<KIND, A>(columns, (low_at, high_at), high, bundle, &mut dots);
     }
-    let at = tile * TILE;
-    let scales = &strip.groups[g.group as usize * strip.group_bytes..][at..][..A * 16];
-    let zeros = &strip.heads[strip.width + at..][..A * 16];
-    let out = &mut out[at..][..A * 16];
-    let plain = _mm512_set1_ps(g.scale);
-    for a in 0..A {
-        let dot = if KIND == NIBBLES && a % 2 == 1 { _mm512_srai_epi32::<4>(dots[a]) } else { dots[a] };
-        let scale = _mm512_sub_ps(codes(scales, a), load(zeros, a));
-        let dot = _mm512_mul_ps(plain, _mm512_cvtepi32_ps(dot));
-        store(out, a, _mm512_fmadd_ps(scale, dot, load(out, a)));
+    if KIND == NIBBLES {
+        for pair in dots.as_chunks_mut::<2>().0 {
+            pair[1] = _mm512_srai_epi32::<4>(pair[1]);
+        }
+    }
+    add_group(group, tile * TILE, &dots, &mut out[tile * TILE..][..A * 16]);
+}
+
+/// `out += scale * dots + min * sum of activations` in units of the factors, for the outputs from `at` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add_group<const A: usize>(group: &Group<'_>, at: usize, dots: &[__m512i; A], out: &mut [f32]) {
+    let strip = group.strip;
+    let scales = &group.bytes[at..][..A * 16];
+    let (scale, zero) = (_mm512_set1_ps(group.scale), _mm512_set1_ps(strip.zeros[0]));
+    if !strip.has_min {
+        for (a, &dot) in dots.iter().enumerate() {
+            let dot = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
+            let factor = _mm512_sub_ps(codes(scales, a), zero);
+            store(out, a, _mm512_fmadd_ps(factor, dot, load(out, a)));
+        }
+        return;
+    }
+    let mins = &group.bytes[strip.width + at..][..A * 16];
+    let ratios = &strip.heads[strip.width + at..][..A * 16];
+    let sum = _mm512_set1_ps(group.sum);
+    for (a, &dot) in dots.iter().enumerate() {
+        let dot = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dot));
+        let factor = _mm512_sub_ps(codes(scales, a), zero);
+        let total = _mm512_fmadd_ps(factor, dot, load(out, a));
+        let min = _mm512_mul_ps(sum, codes(mins, a));
+        store(out, a, _mm512_fmadd_ps(load(ratios, a), min, total));
     }
 }
 
@@ -263,7 +311,7 @@ fn add_bundle<const KIND: u8, const A: usize>(
     b: &Bundle,
     dots: &mut [__m512i; A],
 ) {
-    let acts = _mm512_set1_epi32(i32::from_le_bytes(b.acts.map(|a| a as u8)));
+    let acts = _mm512_set1_epi32(b.acts as i32);
     if KIND == BYTES {
         for line in 0..A / 4 {
             let x = low_line(columns, low_at + 64 * line);
@@ -327,29 +375,18 @@ fn store(floats: &mut [f32], a: usize, v: __m512) {
     unsafe { _mm512_storeu_ps(floats.as_mut_ptr(), v) }
 }
 
-/// `mins += min * sum of activations`
+/// From sums in units of the factors to sums of weights.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn add_mins(strip: &ColumnStrip<'_>, g: &ChosenGroup, sum: f32, mins: &mut [f32]) {
-    let codes_of_group = &strip.groups[g.group as usize * strip.group_bytes + strip.width..][..strip.width];
-    let sum = _mm512_set1_ps(sum);
-    for a in 0..strip.width / 16 {
-        store(mins, a, _mm512_fmadd_ps(codes(codes_of_group, a), sum, load(mins, a)));
-    }
-}
-
-/// From sums of codes to sums of weights.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn finish(strip: &ColumnStrip<'_>, all: f32, sums: &mut [f32], mins: &[f32]) {
-    let (width, all) = (strip.width, _mm512_set1_ps(all));
-    let head = |which: usize| &strip.heads[which * width..][..width];
+fn finish(strip: &ColumnStrip<'_>, all: f32, out: &mut [f32]) {
+    let width = strip.width;
+    let (factors, ratios) = strip.heads.split_at(width);
+    let zeros = _mm512_set1_ps(strip.zeros[1] * all);
     for a in 0..width / 16 {
-        let mut total = _mm512_mul_ps(load(sums, a), load(head(0), a));
+        let mut sum = load(out, a);
         if strip.has_min {
-            let min = _mm512_fnmadd_ps(load(head(3), a), all, load(mins, a));
-            total = _mm512_fmadd_ps(load(head(2), a), min, total);
+            sum = _mm512_fnmadd_ps(load(ratios, a), zeros, sum);
         }
-        store(sums, a, total);
+        store(out, a, _mm512_mul_ps(sum, load(factors, a)));
     }
 }

@@ -2,11 +2,13 @@
 
 use std::arch::x86_64::*;
 
-use crate::kernels::{PANEL_ROWS, Panel, Q8Rows};
+use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel, Q8Rows};
 
 /// Tokens in the micro-kernel: with 32 rows (two registers) each has two integer and two float sums,
 /// and 6 x 4 of the 32 registers leave enough for weights, scales and a broadcast.
 const TOKENS: usize = 6;
+/// Most groups in a panel.
+const GROUPS: usize = PANEL_COLS / 16;
 
 /// `[row][col]` to `[col / 4][row][col % 4]`: 16 x 16 transpositions of four-byte elements.
 #[target_feature(enable = "avx512f,avx512bw")]
@@ -18,9 +20,10 @@ pub(super) fn interleave(plain: &[u8], cols: usize, q: &mut [u8]) {
             // SAFETY: row `rows + r` has 64 columns from `col` on, and the destination of column
             // group `c` of these 16 rows is 64 bytes inside `q`.
             unsafe {
-                let z = std::array::from_fn(|r| {
-                    _mm512_loadu_si512(plain.as_ptr().add((rows + r) * cols + col).cast())
-                });
+                let mut z = [_mm512_setzero_si512(); 16];
+                for (r, z) in z.iter_mut().enumerate() {
+                    *z = _mm512_loadu_si512(plain.as_ptr().add((rows + r) * cols + col).cast());
+                }
                 for (c, z) in transpose16(z).into_iter().enumerate() {
                     let at = ((col / 4 + c) * PANEL_ROWS + rows) * 4;
                     _mm512_storeu_si512(q.as_mut_ptr().add(at).cast(), z);
@@ -106,7 +109,7 @@ fn kernel<const T: usize, const G: usize, const MIN: bool>(
 ) {
     let groups = panel.cols / G;
     let last = t + T - 1;
-    assert!(acc.len() == T * PANEL_ROWS && panel.q.0.len() >= panel.cols * PANEL_ROWS);
+    assert!(groups <= GROUPS && acc.len() == T * PANEL_ROWS && panel.q.0.len() >= panel.cols * PANEL_ROWS);
     assert!(panel.scale.len() >= groups * PANEL_ROWS && panel.min.len() >= groups * PANEL_ROWS);
     assert!(last * x.stride + panel.cols <= x.q.len());
     assert!(last * (x.stride / 32) + panel.cols / 32 <= x.scale.len());
@@ -118,19 +121,31 @@ fn kernel<const T: usize, const G: usize, const MIN: bool>(
         let q = x.q.as_ptr().add(t * x.stride);
         let scale = x.scale.as_ptr().add(t * (x.stride / 32));
         let sum = x.sum.as_ptr().add(t * (x.stride / 16));
-        let mut total: [[__m512; 2]; T] = std::array::from_fn(|i| {
-            let at = acc.as_ptr().add(i * PANEL_ROWS);
-            [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))]
-        });
-        for g in 0..groups {
-            let group_sum: [i32; T] = std::array::from_fn(|i| {
+        // What each group of a token begins with, `-zero * sum`, or adds for a minimum, `a_scale * sum`:
+        // made at once, so that the loop below need but broadcast it from memory.
+        let (mut start, mut a_sum) = ([[0i32; GROUPS]; T], [[0f32; GROUPS]; T]);
+        for i in 0..T {
+            for g in 0..groups {
                 let at = sum.add(i * (x.stride / 16) + g * G / 16);
-                if G == 32 { *at + *at.add(1) } else { *at }
-            });
+                let sum = if G == 32 { *at + *at.add(1) } else { *at };
+                if MIN {
+                    a_sum[i][g] = *scale.add(i * (x.stride / 32) + g * G / 32) * sum as f32;
+                } else {
+                    start[i][g] = zero * sum;
+                }
+            }
+        }
+        // Plain loops: a closure given to `from_fn` is a call from a function without the features.
+        let mut total = [[_mm512_setzero_ps(); 2]; T];
+        for (i, total) in total.iter_mut().enumerate() {
+            let at = acc.as_ptr().add(i * PANEL_ROWS);
+            *total = [_mm512_loadu_ps(at), _mm512_loadu_ps(at.add(16))];
+        }
+        for g in 0..groups {
             let mut dots = [[_mm512_setzero_si512(); 2]; T];
             if !MIN {
                 for i in 0..T {
-                    dots[i] = [_mm512_set1_epi32(zero * group_sum[i]); 2];
+                    dots[i] = [_mm512_set1_epi32(*start[i].get_unchecked(g)); 2];
                 }
             }
             for c in 0..G / 4 {
@@ -151,7 +166,7 @@ fn kernel<const T: usize, const G: usize, const MIN: bool>(
                     let both = _mm512_mul_ps(w_scale[h], _mm512_set1_ps(a_scale));
                     total[i][h] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i][h]), both, total[i][h]);
                     if MIN {
-                        let a_sum = _mm512_set1_ps(a_scale * group_sum[i] as f32);
+                        let a_sum = _mm512_set1_ps(*a_sum[i].get_unchecked(g));
                         total[i][h] = _mm512_fmadd_ps(w_min[h], a_sum, total[i][h]);
                     }
                 }

@@ -3,8 +3,10 @@
 //!
 //! Every file is hostile: sizes are limited, numbers checked, and each error names the file and the key.
 
+mod card;
 mod checkpoint;
 mod config;
+mod general;
 mod json;
 mod proto;
 mod vocab;
@@ -44,7 +46,10 @@ pub fn convert(dir: &Path, out: &Path, options: &HfOptions<'_>) -> Result<Report
     let checkpoint = Checkpoint::open(dir)?;
     let tensors = plan(&checkpoint, &config)?;
     let mut builder = Builder::new();
-    general(&mut builder, dir, &config)?;
+    // What is made here counts as no weight.
+    let read = tensors.iter().filter(|t| matches!(t.data, Data::Rows(_)));
+    let weights = read.map(|t| t.shape.iter().product::<u64>()).sum();
+    general::write(&mut builder, dir, &config, weights)?;
     config.write(&mut builder, options.recipe.mix.file_type())?;
     vocab::write(&mut builder, dir, &config, options.pre)?;
     builder.insert("general.quantization_version", QUANTIZATION_VERSION)?;
@@ -156,15 +161,4 @@ fn plan<'a>(checkpoint: &'a Checkpoint, config: &HfConfig) -> Result<Vec<Planned
         }),
         None => Ok(plan),
     }
-}
-
-/// `general.*`, from the directory's name as far as the config is silent.
-fn general(builder: &mut Builder, dir: &Path, config: &HfConfig) -> Result<(), ConvertError> {
-    builder.insert("general.architecture", config.architecture)?;
-    builder.insert("general.type", "model")?;
-    let path = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
-    let folder = path.file_name().map(|name| name.to_string_lossy().into_owned());
-    let name = config.name.clone().or(folder).unwrap_or_else(|| config.architecture.to_owned());
-    builder.insert("general.name", name.rsplit('/').next().unwrap_or_default().replace('-', " "))?;
-    Ok(())
 }

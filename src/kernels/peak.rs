@@ -1,0 +1,122 @@
+//! The most that an instruction set can multiply: its 8-bit instruction over and over, operands in registers, as many
+//! independent sums as hide its latency. What `gemm` reaches is to be judged by it.
+
+use super::Kernels;
+
+/// A burst of `rounds`; the sum that it returns keeps the compiler from leaving work out.
+type Burst = unsafe fn(rounds: usize) -> i32;
+
+impl Kernels {
+    /// Runs `rounds` rounds of the instruction that `gemm` rests on, and returns how many operations (a product and an
+    /// addition are two) that were. `None` for kernels whose peak is not measured.
+    pub fn int8_burst(&self, rounds: usize) -> Option<u64> {
+        let (burst, operations) = burst(self.name())?;
+        // SAFETY: the handle proves the ISA of its name.
+        std::hint::black_box(unsafe { burst(rounds) });
+        Some(rounds as u64 * operations)
+    }
+}
+
+/// The burst of the kernel called `name`, and the operations of a round.
+#[cfg(target_arch = "x86_64")]
+fn burst(name: &str) -> Option<(Burst, u64)> {
+    match name {
+        "avx512vnni" => Some((x86::avx512vnni, x86::SUMS_512 * 2 * 64)),
+        "avxvnni" => Some((x86::avxvnni, x86::SUMS_256 * 2 * 32)),
+        "avx2" => Some((x86::avx2, x86::SUMS_256 * 2 * 32)),
+        _ => None,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn burst(_: &str) -> Option<(Burst, u64)> {
+    None
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    /// Independent sums: latencies are 4 or 5 cycles, and up to two instructions start in one.
+    pub const SUMS_512: u64 = 16;
+    /// The same; of the 16 registers, some hold operands.
+    pub const SUMS_256: u64 = 10;
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub fn avx512vnni(rounds: usize) -> i32 {
+        let mut sums = [_mm512_setzero_si512(); SUMS_512 as usize];
+        for _ in 0..rounds {
+            // Opaque anew in every round: no product can be taken out of the loop.
+            let (w, a) = (black_box(_mm512_set1_epi8(1)), black_box(_mm512_set1_epi8(1)));
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, w, a);
+            }
+        }
+        let mut total = sums[0];
+        for sum in &sums[1..] {
+            total = _mm512_add_epi32(total, *sum);
+        }
+        _mm512_reduce_add_epi32(total)
+    }
+
+    #[target_feature(enable = "avx2,avxvnni")]
+    pub fn avxvnni(rounds: usize) -> i32 {
+        let mut sums = [_mm256_setzero_si256(); SUMS_256 as usize];
+        for _ in 0..rounds {
+            let (w, a) = (black_box(_mm256_set1_epi8(1)), black_box(_mm256_set1_epi8(1)));
+            for sum in &mut sums {
+                *sum = _mm256_dpbusd_avx_epi32(*sum, w, a);
+            }
+        }
+        total(&sums)
+    }
+
+    /// Products of pairs in 16 bits, those in pairs to 32, and the addition: three instructions for what VNNI does in
+    /// one. Each sum has an operand of its own, or one product would serve all.
+    #[target_feature(enable = "avx2")]
+    pub fn avx2(rounds: usize) -> i32 {
+        let ones = _mm256_set1_epi16(1);
+        let mut sums = [_mm256_setzero_si256(); SUMS_256 as usize];
+        let weights = [_mm256_set1_epi8(1); SUMS_256 as usize];
+        for _ in 0..rounds {
+            let a = black_box(_mm256_set1_epi8(1));
+            let weights = black_box(&weights);
+            for i in 0..SUMS_256 as usize {
+                let products = _mm256_maddubs_epi16(weights[i], a);
+                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(products, ones));
+            }
+        }
+        total(&sums)
+    }
+
+    #[target_feature(enable = "avx2")]
+    fn total(sums: &[__m256i]) -> i32 {
+        let mut total = _mm256_setzero_si256();
+        for sum in sums {
+            total = _mm256_add_epi32(total, *sum);
+        }
+        let half = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256::<1>(total));
+        let pair = _mm_add_epi32(half, _mm_shuffle_epi32::<0b01_00_11_10>(half));
+        _mm_cvtsi128_si32(_mm_add_epi32(pair, _mm_shuffle_epi32::<0b10_11_00_01>(pair)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All operands are ones, so the sum counts the products: none is left out.
+    #[test]
+    fn every_counted_operation_is_done() {
+        for kernels in Kernels::available() {
+            let Some((burst, operations)) = burst(kernels.name()) else { continue };
+            for rounds in [0, 1, 100] {
+                // SAFETY: the handle proves the ISA.
+                let sum = unsafe { burst(rounds) };
+                assert_eq!(2 * sum as u64, rounds as u64 * operations, "{kernels:?}");
+                assert_eq!(kernels.int8_burst(rounds), Some(rounds as u64 * operations));
+            }
+        }
+    }
+}
