@@ -51,7 +51,10 @@ impl Bench {
     fn eval(&self, args: &str) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_skiff"));
         command.current_dir(&self.folder).env_remove("OPENAI_API_KEY").args(["eval", "-q", "-t", "1"]);
-        command.args(["-m", "model.gguf", "-c", "512", "-n", "6"]).args(args.split_whitespace());
+        if !args.contains("-m ") {
+            command.args(["-m", "model.gguf"]);
+        }
+        command.args(["-c", "512", "-n", "6"]).args(args.split_whitespace());
         command.output().unwrap()
     }
 
@@ -103,13 +106,36 @@ fn every_task_has_its_table_plots_and_answers() {
     assert_eq!((&lines[0]["policy"], &lines[1]["policy"]), (&"off".into(), &"random".into()));
     assert!(lines[0]["measures"]["kl"].is_null(), "the full model is not compared with itself");
     assert!(lines[1]["measures"]["kl"]["mean"].as_f64().unwrap() > 0.0, "{lines}");
-    assert!(lines[1]["skipped"].as_f64().unwrap() > 0.2);
+    assert!(lines[1]["skipped"].as_f64().unwrap() > 0.0, "{lines}");
     let answers = fs::read_to_string(bench.path("answers/model-off.jsonl")).unwrap();
     let answer: serde_json::Value = serde_json::from_str(answers.lines().next().unwrap()).unwrap();
     assert_eq!(answer["question_id"], 81);
     assert_eq!(answer["choices"][0]["turns"].as_array().unwrap().len(), 2);
     let csv = bench.table(&format!("{args} --resume -o csv").replace("--json", ""));
     assert!(csv.starts_with("policy,strength,group,n,") && csv.lines().count() == 3, "{csv}");
+}
+
+/// What a policy that skips everything leaves of a model that knows its capitals: nothing.
+#[test]
+fn skipping_everything_scores_near_zero() {
+    let Some(model) = common::smollm2() else {
+        return common::note_skip("skipping_everything_scores_near_zero");
+    };
+    let bench = Bench::new();
+    bench.write(
+        "capitals.txt",
+        "What is the capital of France? | paris\nWhat is the capital of Germany? | berlin\n\
+         What is the capital of Italy? | rome\nWhat is the capital of Japan? | tokyo\n\
+         What is the capital of Spain? | madrid\nWhat is the capital of Russia? | moscow\n\
+         What is the capital of Egypt? | cairo\nWhat is the capital of England? | london\n",
+    );
+    let args = "--task freebaseqa --data capitals.txt --shots 2 --policies random --ratios 100 --json";
+    let args = format!("{args} --skip-cold 0,30 -m {}", model.display());
+    let lines: serde_json::Value = serde_json::from_str(&bench.table(&args)).unwrap();
+    let contained = |line: usize| lines[line]["measures"]["contained"]["mean"].as_f64().unwrap();
+    assert!(contained(0) > 0.5, "{lines}");
+    assert_eq!((contained(1), &lines[1]["skipped"]), (0.0, &1.0.into()), "{lines}");
+    assert_eq!(lines[1]["change"]["mean"].as_f64().unwrap(), -contained(0));
 }
 
 /// A policy that skips nothing answers as the full model does.
@@ -140,17 +166,21 @@ fn wrong_data_and_flags_are_one_error_line() {
         ("--task summarize --data . --shots 1", 2, "--shots"),
         ("--task freebaseqa --data qa.txt --judge-url http://x", 2, "--judge-url"),
         ("--task freebaseqa --data qa.txt --ratios 101", 2, "--ratios 101"),
-        ("--task freebaseqa --data qa.txt --raw --policies static --ratios 10", 1, "item"),
     ] {
         let output = bench.eval(args);
         let error = String::from_utf8_lossy(&output.stderr).into_owned();
-        if args.contains("static") {
-            assert!(error.contains("left out: static"), "{error}");
-            continue;
-        }
         assert_eq!(output.status.code(), Some(code), "{args}: {error}");
         assert!(error.contains(expected) && error.trim().lines().count() == 1, "{args}: {error}");
     }
+}
+
+#[test]
+fn a_policy_that_the_model_is_not_calibrated_for_is_left_out_aloud() {
+    let bench = Bench::new();
+    let output = bench.eval("--task freebaseqa --data qa.txt --raw --policies static --ratios 10");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && error.contains("left out: static ratio 10"), "{error}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 3);
 }
 
 /// A judge that gives every answer 7, finds whatever is shown first better, and now and then forgets the form.

@@ -8,12 +8,15 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use sha2::{Digest, Sha256};
 
-use super::args::{EngineArgs, MAX_CONTEXT, SkipArgs, check_context, in_range, pair};
+use super::args::{
+    EngineArgs, MAX_CONTEXT, SkipArgs, check_context, check_ratios, contending, in_range, pair, policies,
+};
 use super::generate::{TemplateArgs, progress_bar};
 use super::interrupt::Listener;
 use super::{Failure, Outcome, note, put};
+use crate::chat::ChatTemplate;
 use crate::eval::tasks::{
-    self, Comparison, Contender, Item, Judge, Judgment, Ledger, Record, Report, Row, Task,
+    self, Comparison, Contender, Item, Judge, Judgment, Ledger, Record, Report, Row, Task, TaskError,
 };
 use crate::session::Engine;
 use crate::skip::{SkipMode, SkipOptions};
@@ -143,11 +146,6 @@ fn task_names() -> impl TypedValueParser<Value = Task> {
         .try_map(|name| Task::NAMES.iter().find(|row| row.0 == name).map(|row| row.1).ok_or("no such task"))
 }
 
-fn policies() -> impl TypedValueParser<Value = SkipMode> {
-    let all = SkipMode::names().filter(|&name| name != SkipMode::Off.name());
-    PossibleValuesParser::new(all).try_map(|name| SkipMode::from_name(&name))
-}
-
 /// A run: who answers what.
 struct Run<'a> {
     args: &'a EvalArgs,
@@ -164,13 +162,11 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
     let mut ledger = Ledger::open(args.out.as_deref(), args.resume)?;
     let mut engine = args.engine.load()?;
     check_context(&engine, args.context, args.engine.kv)?;
+    let template = args.template(&engine)?;
     let contenders = args.contenders(&mut engine)?;
     let settings = tasks::Settings {
         task: args.task,
-        template: match args.raw || args.shots > 0 {
-            true => None,
-            false => args.template.template(&engine)?,
-        },
+        template,
         system: args.template.system.clone(),
         shots,
         max_tokens: args.max_tokens(),
@@ -198,9 +194,7 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
 impl EvalArgs {
     fn check(&self) -> Outcome {
         let usage = |message: String| Err(Failure::Usage(message));
-        if let Some(ratio) = self.ratios.iter().find(|ratio| !(0.0..=100.0).contains(*ratio)) {
-            return usage(format!("--ratios {ratio}: a share lies between 0 and 100 percent"));
-        }
+        check_ratios(&self.ratios)?;
         let (name, qa) = (self.task.name(), self.task == Task::FreebaseQa);
         if self.shots > 0 && !qa {
             return usage(format!("--shots: not for --task {name}"));
@@ -230,6 +224,16 @@ impl EvalArgs {
         })
     }
 
+    /// How messages are written; without one prompts are text to be continued, which a conversation cannot be.
+    fn template(&self, engine: &Engine) -> Result<Option<ChatTemplate>, Failure> {
+        let plain = self.raw || self.shots > 0;
+        let template = if plain { None } else { self.template.template(engine)? };
+        match template {
+            None if self.task == Task::MtBench => Err(TaskError::NoTemplate.into()),
+            template => Ok(template),
+        }
+    }
+
     /// What is asked, and the questions that precede one.
     fn items(&self) -> Result<(Vec<Item>, Vec<Item>), Failure> {
         let mut items = match self.task {
@@ -256,10 +260,7 @@ impl EvalArgs {
         let off = Contender { policy: "off".into(), strength: String::new(), skip: SkipOptions::default() };
         let mut contenders = vec![off];
         let named = !self.policies.is_empty();
-        let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
-        let unnamed = all.filter(|mode| !matches!(mode, SkipMode::Off | SkipMode::Auto));
-        let modes: Vec<SkipMode> = if named { self.policies.clone() } else { unnamed.collect() };
-        for mode in modes {
+        for mode in contending(&self.policies) {
             let ratios = match mode {
                 SkipMode::Auto => vec![None],
                 _ => self.ratios.iter().map(|&r| Some(r)).collect(),
