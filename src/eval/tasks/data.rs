@@ -343,7 +343,8 @@ mod tests {
 
     #[test]
     fn errors_name_file_and_line() {
-        let cases: [(&str, &[u8], fn(&Path) -> Result<Vec<Item>, TaskError>, &str); 9] = [
+        type Reader = fn(&Path) -> Result<Vec<Item>, TaskError>;
+        let cases: [(&str, &[u8], Reader, &str); 9] = [
             ("a.txt", b"Who? | me\nno bar\n", freebaseqa, "a.txt: line 2"),
             ("b.txt", b"Who? |  \n", freebaseqa, "b.txt: line 1"),
             ("c.txt", b"x | y\nWho\xff? | me\n", freebaseqa, "c.txt: line 2: not UTF-8"),

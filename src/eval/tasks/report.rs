@@ -211,7 +211,7 @@ impl Report {
     /// As CSV: every estimate with the ends of its interval.
     pub fn csv(&self) -> String {
         let columns = self.columns();
-        let mut heads = vec!["policy", "strength", "group", "n", "skipped", "bytes_skipped"].join(",");
+        let mut heads = ["policy", "strength", "group", "n", "skipped", "bytes_skipped"].join(",");
         for key in columns.iter().map(|m| m.key).chain(["change"]) {
             heads.push_str(&format!(",{key},{key}_low,{key}_high"));
         }
