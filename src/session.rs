@@ -290,6 +290,16 @@ impl<'e> Session<'e> {
         }
     }
 
+    /// Replaces the skip policy. What it governs, and what is counted, starts anew.
+    pub fn set_skip(&mut self, skip: &SkipOptions) -> Result<(), SessionError> {
+        let policy = self.engine.model.policy(skip).map_err(ModelError::from)?;
+        self.state.set_policy(policy);
+        self.state.clear_stats();
+        self.options.skip = skip.clone();
+        self.governed = 0;
+        Ok(())
+    }
+
     /// Evaluates a prompt (more tokens of it), in batches. `progress(done, total)` is called after each;
     /// when it returns false, evaluation stops there.
     pub fn prompt(

@@ -336,6 +336,29 @@ impl SkipArgs {
     }
 }
 
+/// Names of policies that are set beside the full model.
+pub(super) fn policies() -> impl TypedValueParser<Value = SkipMode> {
+    let all = SkipMode::names().filter(|&name| name != SkipMode::Off.name());
+    PossibleValuesParser::new(all).try_map(|name| SkipMode::from_name(&name))
+}
+
+/// The policies `named`; without any all that are set by a ratio.
+pub(super) fn contending(named: &[SkipMode]) -> Vec<SkipMode> {
+    let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
+    let set = all.filter(|mode| !matches!(mode, SkipMode::Off | SkipMode::Auto));
+    if named.is_empty() { set.collect() } else { named.to_vec() }
+}
+
+/// Refuses ratios that are no per cent.
+pub(super) fn check_ratios(ratios: &[f32]) -> Outcome {
+    match ratios.iter().find(|ratio| !(0.0..=100.0).contains(*ratio)) {
+        Some(ratio) => {
+            Err(Failure::Usage(format!("--ratios {ratio}: a share lies between 0 and 100 percent")))
+        }
+        None => Ok(()),
+    }
+}
+
 /// Where the calibration file of the model at `path` is looked for: `model.skip.gguf` for `model.gguf`.
 pub(super) fn calibration_path(path: &Path) -> PathBuf {
     path.with_extension("skip.gguf")
@@ -412,7 +435,7 @@ impl DraftArgs {
     }
 }
 
-fn pair(text: &str) -> Result<(usize, usize), String> {
+pub(super) fn pair(text: &str) -> Result<(usize, usize), String> {
     let expected = || "expected two layers: S,E".to_owned();
     let (start, end) = text.split_once(',').ok_or_else(expected)?;
     match (start.trim().parse(), end.trim().parse()) {

@@ -8,6 +8,7 @@ mod args;
 mod bench;
 mod calibrate;
 mod chat;
+mod eval;
 mod generate;
 mod info;
 mod interrupt;
@@ -53,6 +54,7 @@ enum Command {
     Ppl(ppl::PplArgs),
     Bench(bench::BenchArgs),
     Sweep(sweep::SweepArgs),
+    Eval(eval::EvalArgs),
     Calibrate(calibrate::CalibrateArgs),
 }
 
@@ -78,6 +80,7 @@ pub fn main() -> ExitCode {
         Command::Ppl(args) => ppl::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Sweep(args) => sweep::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
     };
     match outcome {

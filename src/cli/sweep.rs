@@ -5,11 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, ValueEnum};
 use indicatif::ProgressBar;
 
-use super::args::{EngineArgs, MAX_CONTEXT, SkipArgs, check_context, in_range};
+use super::args::{
+    EngineArgs, MAX_CONTEXT, SkipArgs, check_context, check_ratios, contending, in_range, policies,
+};
 use super::generate::progress_bar;
 use super::interrupt::Listener;
 use super::{Failure, Outcome, note, put, read_text};
@@ -94,11 +95,6 @@ enum Format {
 /// Rounds of timing: the median of three survives one disturbance.
 const ROUNDS: usize = 3;
 
-fn policies() -> impl TypedValueParser<Value = SkipMode> {
-    let all = SkipMode::names().filter(|&name| name != SkipMode::Off.name());
-    PossibleValuesParser::new(all).try_map(|name| SkipMode::from_name(&name))
-}
-
 pub(super) fn run(args: &SweepArgs) -> Outcome {
     args.check()?;
     let text = read_text(&args.file)?;
@@ -140,9 +136,7 @@ pub(super) fn run(args: &SweepArgs) -> Outcome {
 
 impl SweepArgs {
     fn check(&self) -> Outcome {
-        if let Some(ratio) = self.ratios.iter().find(|ratio| !(0.0..=100.0).contains(*ratio)) {
-            return Err(Failure::Usage(format!("--ratios {ratio}: a share lies between 0 and 100 percent")));
-        }
+        check_ratios(&self.ratios)?;
         if self.plot_speed.is_some() && self.decode == 0 {
             return Err(Failure::Usage("--plot-speed: --decode 0 times nothing".into()));
         }
@@ -153,11 +147,8 @@ impl SweepArgs {
     /// that a policy does not reach is, too.
     fn contenders<'e>(&self, engine: &mut Engine) -> Result<Vec<Contender<'e>>, Failure> {
         let named = !self.policies.is_empty();
-        let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
-        let unnamed = all.filter(|mode| !matches!(mode, SkipMode::Off | SkipMode::Auto));
-        let modes: Vec<SkipMode> = if named { self.policies.clone() } else { unnamed.collect() };
         let mut contenders = Vec::new();
-        for mode in modes {
+        for mode in contending(&self.policies) {
             for (ratio, threshold) in self.strengths(mode, engine) {
                 let strength = match (ratio, threshold) {
                     (Some(ratio), _) => format!("ratio {ratio}"),

@@ -1,4 +1,5 @@
-//! How good and how fast is it: perplexity, divergence from the full model, tokens a second. Always through `model`'s
+//! How good and how fast is it: perplexity, divergence from the full model, answers to tasks, tokens a second. Always
+//! through `model`'s
 //! forward pass.
 
 pub mod bench;
@@ -7,5 +8,6 @@ mod npy;
 mod perplexity;
 pub mod plot;
 pub mod sweep;
+pub mod tasks;
 
 pub use perplexity::{EvalError, PerplexityOptions, PerplexityReport, perplexity};

@@ -30,7 +30,7 @@
 //! A kernel takes a tile of [`TILE`] outputs, whose sums fill 16 registers, and four columns at a time. It interleaves
 //! their bytes (unpack bytes, then words, in 16-byte lanes), which gives lanes of four bytes, an output each, for the
 //! byte dot product. The order of the codes of a tile is such that the sums come out in the order of the outputs: see
-//! [`ColumnLayout::low_place`].
+//! `ColumnLayout::low_place`.
 
 use std::ops::Range;
 

@@ -1,7 +1,7 @@
 //! Calibration: what a text tells about skipping in a model, for [`Calibration`] files.
 //!
 //! The first windows of the text are held out: on them the quality of what the rest taught is measured. Four stages:
-//! the full model's activations ([`gather`]); what each FFN is worth, by skipping it alone; the strengths at which
+//! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; the strengths at which
 //! policies skip given shares; the quality of some of those settings.
 
 mod depth;

@@ -302,6 +302,61 @@ fn usage_errors_and_failures_leave_nothing() {
     assert_eq!(names(folder.path()), ["cut.gguf"]);
 }
 
+/// Runs `quantize` where no file may be longer than 64 kB, after the shell command `first`.
+#[cfg(target_os = "linux")]
+fn quantize_within_64_kb(out: &Path, first: &str) -> std::process::Output {
+    let script = format!("{first}; ulimit -f 128; exec \"$0\" \"$@\""); // in blocks of 512 bytes
+    let skiff_convert = assert_cmd::cargo::cargo_bin("skiff-convert");
+    let mut shell = std::process::Command::new("sh");
+    shell.args(["-c", &script]).arg(skiff_convert);
+    shell.args(["quantize", arg(model()), arg(out), "Q4_0"]).output().unwrap()
+}
+
+/// The system kills what writes beyond its limit, at the same byte each time.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_killed_run_leaves_no_file_that_looks_whole() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out.gguf");
+    let killed = quantize_within_64_kb(&out, ":");
+    assert!(killed.status.signal().is_some(), "{killed:?}");
+    assert_eq!(names(folder.path()), ["out.gguf.unfinished"]);
+    // Nor does the rest stand in the way of the next run.
+    ok(&["quantize", arg(model()), arg(&out), "Q4_0"]);
+    assert_eq!(names(folder.path()), ["out.gguf"]);
+    ok(&["verify", arg(&out)]);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_of_file_sizes_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = quantize_within_64_kb(&folder.path().join("out.gguf"), "trap '' XFSZ");
+    let message = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("out.gguf: ") && message.contains("File too large"), "{message}");
+    assert!(names(folder.path()).is_empty());
+}
+
+#[test]
+fn verify_finds_what_is_cut_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut.gguf");
+    let whole = std::fs::read(model()).unwrap();
+    for length in [0, 3, 23, 200, 10_000, whole.len() / 2, whole.len() - 33] {
+        std::fs::write(&path, &whole[..length]).unwrap();
+        let output = run(&["verify", arg(&path)]);
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert_eq!(output.status.code(), Some(1), "{length} bytes: {said}");
+        assert!(said.contains("cut.gguf"), "{length} bytes: {said}");
+        // Where the tensors begin, what is missing is a tensor of its own name.
+        let named = length < whole.len() / 2 || said.contains(".weight");
+        assert!(named, "{length} bytes: {said}");
+    }
+}
+
 /// `/dev/full` takes no byte, so that a disk that fills up need not be made.
 #[cfg(target_os = "linux")]
 #[test]

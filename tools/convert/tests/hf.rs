@@ -5,7 +5,7 @@ mod common;
 use std::path::Path;
 use std::process::Command;
 
-use common::{arg, data, error, note_skip, ok};
+use common::{arg, data, error, note_skip, ok, smollm2};
 use skiff::gguf::{GgmlType, Gguf};
 use skiff::model::{FfnStep, KvType, State};
 use skiff::session::Engine;
@@ -187,6 +187,75 @@ fn what_is_missing_or_foreign_is_named() {
     edit("model.safetensors.index.json", "model-00001", "../model-00001", "no file of this directory");
 }
 
+/// Changes config.json of a copied checkpoint.
+fn edit_config(folder: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let path = folder.join("config.json");
+    let mut config = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(&path, serde_json::to_vec(&config).unwrap()).unwrap();
+}
+
+/// transformers multiplies by `attention_factor` instead of 1 + 0.1 ln(factor), readers of GGUF by both.
+#[test]
+fn the_magnitude_of_yarn_is_counted_once() {
+    let magnitude = |more: serde_json::Value| {
+        let folder = copy("llama");
+        edit_config(folder.path(), |config| {
+            let mut rope = serde_json::json!({"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
+                "original_max_position_embeddings": 64});
+            rope.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            config["rope_parameters"] = rope;
+        });
+        let out = folder.path().join("model.gguf");
+        ok(&["hf", arg(folder.path()), "-o", arg(&out)]);
+        let engine = Engine::load(&out, Some(1), None).unwrap();
+        engine.model().config().rope.magnitude()
+    };
+    let close = |got: f32, want: f32| assert!((got - want).abs() < 1e-6, "{got} is not {want}");
+    close(magnitude(serde_json::json!({})), 1.138_629_4); // 1 + 0.1 ln 4
+    close(magnitude(serde_json::json!({"attention_factor": 1.0})), 1.0);
+    close(magnitude(serde_json::json!({"attention_factor": 1.5})), 1.5);
+    // (1 + 0.1 * 0.707 ln 4) / (1 + 0.1 ln 4), as DeepSeek's checkpoints have it.
+    close(magnitude(serde_json::json!({"mscale": 0.707, "mscale_all_dim": 1.0})), 0.964_326_7);
+}
+
+/// SmolLM2, taken apart and converted back, is the model that it was.
+#[test]
+fn a_real_model_taken_apart_and_converted_back_says_the_same() {
+    let python = std::env::var("SKIFF_PYTHON").unwrap_or_else(|_| "python3".into());
+    let packages = "import gguf, numpy, safetensors";
+    if !Command::new(&python).args(["-c", packages]).output().is_ok_and(|o| o.status.success()) {
+        return note_skip(&format!("Python with gguf and safetensors ({python}; SKIFF_PYTHON sets another)"));
+    }
+    let Some(model) = smollm2() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (apart, back) = (folder.path().join("apart"), folder.path().join("back.gguf"));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/take_apart.py");
+    let made = Command::new(&python).args([&script, &model, &apart]).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    ok(&["hf", arg(&apart), "-o", arg(&back), "--outtype", "F32", "--pre", "smollm"]);
+    let whole = folder.path().join("f32.gguf");
+    ok(&["quantize", arg(&model), arg(&whole), "F32"]);
+
+    let text = "<|im_start|>user\nWhy is the sky blue? It's 1234 o'clock.<|im_end|>\n<|im_start|>assistant\n";
+    let greedy = |path: &Path| {
+        let engine = Engine::load(path, Some(2), None).unwrap();
+        let options = EncodeOptions { add_special: true, parse_special: true };
+        let mut ids = engine.tokenizer().encode(text, options).unwrap();
+        let first = logits(&engine, &ids, KvType::F16, ids.len());
+        for _ in 0..24 {
+            let all = logits(&engine, &ids, KvType::F16, ids.len());
+            let last = all.rchunks(engine.model().config().vocab).next().unwrap();
+            ids.push((0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap() as u32);
+        }
+        (ids, first)
+    };
+    let (want, got) = (greedy(&whole), greedy(&back));
+    assert_eq!(got.0, want.0);
+    // The same weights by the same kernels: nothing at all may differ.
+    assert_eq!(distance(&got.1, &want.1), 0.0);
+}
+
 #[test]
 fn the_card_and_the_name_tell_who_made_it() {
     let folder = copy("llama");
@@ -252,4 +321,76 @@ fn spoilt_safetensors_are_errors() {
         }
     }
     convert(&whole).unwrap();
+}
+
+/// Rewrites the header of a safetensors file.
+fn edit_header(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let bytes = std::fs::read(path).unwrap();
+    let n = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let mut header = serde_json::from_slice(&bytes[8..8 + n]).unwrap();
+    change(&mut header);
+    with_header(path, &serde_json::to_vec(&header).unwrap(), &bytes[8 + n..]);
+}
+
+fn with_header(path: &Path, header: &[u8], data: &[u8]) {
+    let length = (header.len() as u64).to_le_bytes();
+    std::fs::write(path, [&length, header, data].concat()).unwrap();
+}
+
+#[test]
+fn hostile_headers_are_errors_that_say_what() {
+    let tensor = "model.norm.weight";
+    let edit = |expected: &str, change: &dyn Fn(&mut serde_json::Value)| {
+        let folder = copy("qwen2");
+        edit_header(&folder.path().join("model.safetensors"), |header| change(&mut header[tensor]));
+        fails(folder.path(), expected);
+    };
+    let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
+    for offsets in ["[0, 64]", "[18446744073709551600, 18446744073709551615]", "[64, 0]", "[-1, 63]", "[0]"] {
+        edit("malformed safetensors header", &|t| t["data_offsets"] = json(offsets));
+    }
+    for shape in ["[18446744073709551615, 2]", "[4294967296, 4294967296]", "[-1]", "[1e9]", "[]"] {
+        edit("malformed safetensors header", &|t| t["shape"] = json(shape));
+    }
+    edit("malformed safetensors header", &|t| t["dtype"] = json("\"F31\""));
+    edit("is of type U16, not F32, F16 or BF16", &|t| {
+        let size = t["data_offsets"][1].as_u64().unwrap() - t["data_offsets"][0].as_u64().unwrap();
+        (t["dtype"], t["shape"]) = (json("\"U16\""), (size / 2).into());
+        t["shape"] = serde_json::json!([size / 2]);
+    });
+
+    let folder = copy("qwen2");
+    let path = folder.path().join("model.safetensors");
+    let nested = [b"[".repeat(200_000), b"]".repeat(200_000)].concat();
+    with_header(&path, &nested, &[]);
+    fails(folder.path(), "malformed safetensors header: ");
+    for length in [u64::MAX, 1 << 40, 9] {
+        std::fs::write(&path, [&length.to_le_bytes()[..], b"{}"].concat()).unwrap();
+        fails(folder.path(), "not a safetensors file");
+    }
+}
+
+#[test]
+fn hostile_json_is_an_error_that_says_where() {
+    let nested = [b"{\"a\":".repeat(200_000), b"1".to_vec(), b"}".repeat(200_000)].concat();
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"] {
+        for bytes in [&nested[..], b"", b"\xff\xfe", b"[1, 2]", b"{\"a\": 1", b"7"] {
+            let folder = copy("llama");
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+            fails(folder.path(), name);
+        }
+    }
+    let place = |file: serde_json::Value, expected: &str| {
+        let folder = copy("llama");
+        let path = folder.path().join("model.safetensors.index.json");
+        let mut index: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        index["weight_map"]["model.norm.weight"] = file;
+        std::fs::write(&path, serde_json::to_vec(&index).unwrap()).unwrap();
+        fails(folder.path(), expected);
+    };
+    for file in ["/etc/passwd", "../x.safetensors", "..", "a/../../x", "a\\b", ""] {
+        place(file.into(), "\"model.norm.weight\" is in no file of this directory");
+    }
+    place(7.into(), "is in no file of this directory");
+    place("gone.safetensors".into(), "gone.safetensors: No such file");
 }

@@ -48,6 +48,7 @@ enum Rope {
     Yarn {
         factor: f32,
         original: Option<usize>,
+        /// On top of [`yarn_magnitude`], which GGUF's readers compute themselves.
         attention: Option<f32>,
         fast: Option<f32>,
         slow: Option<f32>,
@@ -247,6 +248,11 @@ fn first_id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| id.try_into().ok())
 }
 
+/// What YaRN multiplies rotated elements by (Peng et al. 2023, equation 22; `get_mscale` of transformers).
+fn yarn_magnitude(factor: f32, scale: f32) -> f32 {
+    1.0 + 0.1 * scale * factor.ln()
+}
+
 impl Rope {
     fn read(json: &JsonFile, rope: &Value) -> Result<Self, ConvertError> {
         let number = |key: &str| json.number_in(rope, key);
@@ -266,13 +272,22 @@ impl Rope {
         match kind {
             "default" => Ok(Self::Plain),
             "linear" => Ok(Self::Linear { factor: positive("factor", 1.0)? }),
-            "yarn" => Ok(Self::Yarn {
-                factor: positive("factor", 1.0)?,
-                original: original()?,
-                attention: number("attention_factor")?,
-                fast: number("beta_fast")?,
-                slow: number("beta_slow")?,
-            }),
+            "yarn" => {
+                let factor = match positive("factor", 1.0)? {
+                    n if n >= 1.0 => n,
+                    n => return Err(json.wrong("factor", format!("is {n}, below 1"))),
+                };
+                let whole = match number("attention_factor")? {
+                    None => number("mscale")?
+                        .zip(number("mscale_all_dim")?)
+                        .map(|(this, all)| yarn_magnitude(factor, this) / yarn_magnitude(factor, all)),
+                    given => given,
+                };
+                // transformers gives the magnitude as a whole, GGUF's readers multiply theirs by `attn_factor`.
+                let attention = whole.map(|whole| whole / yarn_magnitude(factor, 1.0));
+                let (fast, slow) = (number("beta_fast")?, number("beta_slow")?);
+                Ok(Self::Yarn { factor, original: original()?, attention, fast, slow })
+            }
             "llama3" => {
                 let (low, high) = (positive("low_freq_factor", 1.0)?, positive("high_freq_factor", 4.0)?);
                 if low >= high {

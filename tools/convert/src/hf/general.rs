@@ -225,7 +225,7 @@ pub(super) fn write(
     origins(builder, "dataset", card.all("datasets"), weights)?;
     for (key, fields) in [("tags", ["tags", "pipeline_tag"]), ("languages", ["languages", "language"])] {
         let words: StringArray = fields.iter().flat_map(|field| card.all(field)).collect();
-        if words.len() > 0 {
+        if !words.is_empty() {
             builder.insert(format!("general.{key}"), words)?;
         }
     }

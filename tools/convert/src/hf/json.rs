@@ -25,8 +25,11 @@ impl JsonFile {
             return Ok(None);
         }
         let bytes = read_limited(&path, MAX_BYTES)?;
-        let value = serde_json::from_slice(&bytes)
-            .map_err(|e| ConvertError::Checkpoint { path: path.clone(), problem: e.to_string() })?;
+        let wrong = |problem: String| ConvertError::Checkpoint { path: path.clone(), problem };
+        let value: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+        if !value.is_object() {
+            return Err(wrong(format!("is {}, no object", shortened(&value))));
+        }
         Ok(Some(Self { path, value }))
     }
 

@@ -32,6 +32,21 @@ pub fn error(args: &[&str]) -> String {
     stderr
 }
 
+/// Path of the small real model (SmolLM2), pulled if need be; `None`, said loudly, where it cannot be had.
+/// `SKIFF_REQUIRE_MODEL=1` makes that a failure.
+pub fn smollm2() -> Option<PathBuf> {
+    match skiff::pull::resolve(Some("smollm2")) {
+        Ok(path) => Some(path),
+        Err(error) if std::env::var("SKIFF_REQUIRE_MODEL").is_ok_and(|v| v == "1") => {
+            panic!("SKIFF_REQUIRE_MODEL=1, but the model cannot be had: {error}")
+        }
+        Err(error) => {
+            note_skip(&format!("SmolLM2 ({error})"));
+            None
+        }
+    }
+}
+
 /// A path as an argument.
 pub fn arg(path: &Path) -> &str {
     path.to_str().unwrap()

@@ -1,0 +1,244 @@
+//! `skiff eval`: every task end to end on a tiny model, a run cut short anywhere and resumed, hostile data, a judge.
+
+mod common;
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use assert_cmd::Command;
+use common::models::{ModelFile, WIDE};
+use skiff::gguf::GgmlType;
+
+/// A folder with a tiny random model and data of each task.
+struct Bench {
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut file = ModelFile::llama(WIDE, GgmlType::Q4_0);
+        file.set_vocabulary();
+        file.write(&folder.path().join("model.gguf"));
+        let bench = Self { folder };
+        bench.write(
+            "qa.txt",
+            "Who? | me\nWhat is it? | nothing\nWhere? | here\n\"Why \"\"so\"\"?\" | because\n",
+        );
+        fs::create_dir(bench.path("large")).unwrap();
+        bench.write("a.story", "One thing happened.\n\n@highlight\n\nA thing");
+        bench.write("large/b.story", "Another thing happened.\n\n@highlight\n\nAnother thing");
+        bench.write(
+            "question.jsonl",
+            "{\"question_id\": 81, \"category\": \"math\", \"turns\": [\"1+1?\", \"And 2+2?\"]}\n\
+             {\"question_id\": 91, \"category\": \"writing\", \"turns\": [\"Write.\", \"Again.\"]}\n",
+        );
+        bench
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.path(name), text).unwrap();
+    }
+
+    /// `skiff eval` with these arguments, in the folder.
+    fn eval(&self, args: &str) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_skiff"));
+        command.current_dir(&self.folder).env_remove("OPENAI_API_KEY").args(["eval", "-q", "-t", "1"]);
+        if !args.contains("-m ") {
+            command.args(["-m", "model.gguf"]);
+        }
+        command.args(["-c", "512", "-n", "6"]).args(args.split_whitespace());
+        command.output().unwrap()
+    }
+
+    fn table(&self, args: &str) -> String {
+        let output = self.eval(args);
+        assert!(output.status.success(), "{args}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+const QA: &str =
+    "--task freebaseqa --data qa.txt --policies random,skipdecode --ratios 10,30 --skip-cold 0,2 --raw";
+const CHAT: &str = "--chat-template chatml --policies random --ratios 50 --skip-cold 0,2 --skip-warmup 0";
+
+#[test]
+fn a_run_cut_short_anywhere_and_resumed_gives_the_same_table_and_file() {
+    let bench = Bench::new();
+    let whole = bench.table(&format!("{QA} --out whole.jsonl"));
+    assert_eq!(whole.lines().count(), 2 + 5, "{whole}");
+    assert!(whole.lines().skip(2).all(|line| line.ends_with("| 4 |")), "{whole}");
+    let bytes = fs::read(bench.path("whole.jsonl")).unwrap();
+    assert_eq!(bytes.iter().filter(|&&b| b == b'\n').count(), 4 * 5);
+    for cut in [0, 1, bytes.len() / 3, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(bench.path("cut.jsonl"), &bytes[..cut]).unwrap();
+        assert_eq!(bench.table(&format!("{QA} --out cut.jsonl --resume")), whole, "cut at {cut}");
+        assert!(fs::read(bench.path("cut.jsonl")).unwrap() == bytes, "cut at {cut}");
+    }
+    let again = bench.eval(&format!("{QA} --out whole.jsonl"));
+    assert!(!again.status.success(), "results must not be mixed without --resume");
+    // Other settings: nothing of the file fits.
+    let other = bench.table(&format!("{QA} --out whole.jsonl --resume --shots 1 --limit 2"));
+    assert!(other.lines().skip(2).all(|line| line.ends_with("| 2 |")), "{other}");
+}
+
+#[test]
+fn every_task_has_its_table_plots_and_answers() {
+    let bench = Bench::new();
+    let table = bench.table(&format!("--task summarize --data . {CHAT} --by-group --plot plots"));
+    for part in ["ROUGE-L", "| random | ratio 50 of layers 0 to 2 | large |", "KL"] {
+        assert!(table.contains(part), "{part}: {table}");
+    }
+    for plot in ["quality", "layers", "groups"] {
+        let svg = fs::read_to_string(bench.path(&format!("plots/summarize-{plot}.svg"))).unwrap();
+        assert!(svg.starts_with("<svg"));
+    }
+    let args =
+        format!("--task mt-bench --data question.jsonl {CHAT} --answers answers --json --out mt.jsonl");
+    let lines: serde_json::Value = serde_json::from_str(&bench.table(&args)).unwrap();
+    assert_eq!((&lines[0]["policy"], &lines[1]["policy"]), (&"off".into(), &"random".into()));
+    assert!(lines[0]["measures"]["kl"].is_null(), "the full model is not compared with itself");
+    assert!(lines[1]["measures"]["kl"]["mean"].as_f64().unwrap() > 0.0, "{lines}");
+    assert!(lines[1]["skipped"].as_f64().unwrap() > 0.0, "{lines}");
+    let answers = fs::read_to_string(bench.path("answers/model-off.jsonl")).unwrap();
+    let answer: serde_json::Value = serde_json::from_str(answers.lines().next().unwrap()).unwrap();
+    assert_eq!(answer["question_id"], 81);
+    assert_eq!(answer["choices"][0]["turns"].as_array().unwrap().len(), 2);
+    let csv = bench.table(&format!("{args} --resume -o csv").replace("--json", ""));
+    assert!(csv.starts_with("policy,strength,group,n,") && csv.lines().count() == 3, "{csv}");
+}
+
+/// What a policy that skips everything leaves of a model that knows its capitals: nothing.
+#[test]
+fn skipping_everything_scores_near_zero() {
+    let Some(model) = common::smollm2() else {
+        return;
+    };
+    let bench = Bench::new();
+    bench.write(
+        "capitals.txt",
+        "What is the capital of France? | Paris\nWhat is the capital of Germany? | Berlin\n\
+         What is the capital of Italy? | Rome\nWhat is the capital of Japan? | Tokyo\n\
+         What is the capital of Spain? | Madrid\nWhat is the capital of Russia? | Moscow\n\
+         What is the capital of Egypt? | Cairo\nWhat is the capital of England? | London\n",
+    );
+    let args = "--task freebaseqa --data capitals.txt --shots 2 --policies random --ratios 100 --json";
+    let args = format!("{args} --skip-cold 0,30 -m {}", model.display());
+    let lines: serde_json::Value = serde_json::from_str(&bench.table(&args)).unwrap();
+    let contained = |line: usize| lines[line]["measures"]["contained"]["mean"].as_f64().unwrap();
+    assert!(contained(0) > 0.3, "{lines}");
+    assert_eq!((contained(1), &lines[1]["skipped"]), (0.0, &1.0.into()), "{lines}");
+    assert_eq!(lines[1]["change"]["mean"].as_f64().unwrap(), -contained(0));
+}
+
+/// A policy that skips nothing answers as the full model does.
+#[test]
+fn a_ratio_of_nothing_is_the_full_model() {
+    let bench = Bench::new();
+    let chat = CHAT.replace("--ratios 50", "--ratios 0");
+    let text = bench.table(&format!("--task mt-bench --data question.jsonl {chat} --json --out mt.jsonl"));
+    let lines: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert!(lines[1]["measures"]["kl"]["mean"].as_f64().unwrap() < 1e-5, "{lines}");
+    assert_eq!(lines[1]["measures"]["same_top1"]["mean"], 1.0);
+    let rows = fs::read_to_string(bench.path("mt.jsonl")).unwrap();
+    let rows: Vec<serde_json::Value> = rows.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(rows[0]["answer"]["tokens"], rows[1]["answer"]["tokens"]);
+}
+
+#[test]
+fn wrong_data_and_flags_are_one_error_line() {
+    let bench = Bench::new();
+    bench.write("bad.txt", "Who? | me\nnothing\n");
+    bench.write("rows.jsonl", "{}\n");
+    for (args, code, expected) in [
+        ("--task freebaseqa --data bad.txt --raw", 1, "bad.txt: line 2"),
+        ("--task freebaseqa --data none.txt --raw", 1, "none.txt"),
+        ("--task freebaseqa --data qa.txt --raw --out rows.jsonl --resume", 1, "rows.jsonl: line 1"),
+        ("--task mt-bench --data question.jsonl", 1, "no chat template"),
+        ("--task freebaseqa --data qa.txt --shots 4", 2, "--shots 4"),
+        ("--task summarize --data . --shots 1", 2, "--shots"),
+        ("--task freebaseqa --data qa.txt --judge-url http://x", 2, "--judge-url"),
+        ("--task freebaseqa --data qa.txt --ratios 101", 2, "--ratios 101"),
+    ] {
+        let output = bench.eval(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{args}: {error}");
+        assert!(error.contains(expected) && error.trim().lines().count() == 1, "{args}: {error}");
+    }
+}
+
+#[test]
+fn a_policy_that_the_model_is_not_calibrated_for_is_left_out_aloud() {
+    let bench = Bench::new();
+    let output = bench.eval("--task freebaseqa --data qa.txt --raw --policies static --ratios 10");
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success() && error.contains("left out: static ratio 10"), "{error}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 3);
+}
+
+/// A judge that gives every answer 7, finds whatever is shown first better, and now and then forgets the form.
+fn judge(requests: usize) -> (String, std::thread::JoinHandle<Vec<String>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let handle = std::thread::spawn(move || {
+        let mut bodies = Vec::new();
+        for i in 0..requests {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line).unwrap();
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().unwrap();
+                }
+                if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).unwrap();
+            let body = String::from_utf8(body).unwrap();
+            let said = match (i, body.contains("Assistant A")) {
+                (0, _) => "I would say 7 of 10.",
+                (_, true) => "The first. [[A]]",
+                _ => "Fine. Rating: [[7]]",
+            };
+            bodies.push(body);
+            let reply = format!(
+                "{{\"choices\": [{{\"message\": {{\"role\": \"assistant\", \"content\": \"{said}\"}}}}]}}"
+            );
+            let head =
+                format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", reply.len());
+            stream.write_all((head + &reply).as_bytes()).unwrap();
+        }
+        bodies
+    });
+    (url, handle)
+}
+
+#[test]
+fn a_judge_rates_and_compares_in_both_orders_and_is_not_asked_twice() {
+    let bench = Bench::new();
+    // Two items of two turns: 4 ratings of the full model, 4 of the policy's answers, 8 comparisons.
+    let (url, handle) = judge(16);
+    let args =
+        format!("--task mt-bench --data question.jsonl {CHAT} --out mt.jsonl --json --judge-url {url}");
+    let lines: serde_json::Value = serde_json::from_str(&bench.table(&args)).unwrap();
+    let bodies = handle.join().unwrap();
+    assert_eq!(bodies.iter().filter(|b| b.contains("Assistant A")).count(), 8);
+    assert_eq!((&lines[0]["unparsable"], &lines[1]["unparsable"]), (&1.into(), &0.into()));
+    assert_eq!(lines[0]["measures"]["judge"]["mean"], 7.0);
+    assert_eq!(lines[1]["measures"]["wins"]["mean"], 0.5, "whoever always prefers the first is no judge");
+    // Everything is known now: the judge is gone, and nobody asks for it.
+    let again: serde_json::Value = serde_json::from_str(&bench.table(&format!("{args} --resume"))).unwrap();
+    assert_eq!(again, lines);
+    assert!(Path::new(&bench.path("mt.jsonl")).exists());
+}
