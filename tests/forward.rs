@@ -10,7 +10,7 @@ use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, ModelError, State};
 use skiff::ops::Compute;
-use skiff::skip::{Cut, CutPlan, CutSide, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
+use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::Team;
 
 const GOVERNED: FfnStep = FfnStep::Governed { index: 0 };
@@ -536,7 +536,9 @@ fn plan(shape: Shape, centre: f32) -> CutPlan {
         centre: if centre == 0.0 { Vec::new() } else { wave(n, centre) },
         weight: wave(n, 0.5).iter().map(|w| 1.0 + w).collect(),
     };
-    let layer = LayerCut { inputs: side(shape.embedding), inner: side(shape.ffn) };
+    // Factors of about 1/2 to 2.
+    let depth = Depth { weight: wave(shape.embedding, 0.1), bias: 0.2 };
+    let layer = LayerCut { depth, inputs: side(shape.embedding), inner: side(shape.ffn) };
     CutPlan { layers: vec![Some(layer); shape.layers] }
 }
 
@@ -631,6 +633,41 @@ fn what_is_left_out_counts_as_its_centre() {
     }
 }
 
+/// A factor of 2 is twice the threshold; a product beyond the limits is the limit, whatever its sign says.
+#[test]
+fn thresholds_are_multiplied_with_what_the_token_is_worth() {
+    let of = |depth: &dyn Fn(usize) -> Depth, threshold: Cut, by_columns: bool| {
+        let mut model = ModelFile::llama(WIDE, GgmlType::Q8_0).load().unwrap();
+        let team = Team::new(1).unwrap();
+        let on = Compute { team: &team, kernels: best() };
+        let mut plan = plan(WIDE, 0.2);
+        plan.layers.iter_mut().flatten().for_each(|layer| layer.depth = depth(WIDE.embedding));
+        match by_columns {
+            true => model.prepare_cuts(on, plan, |_, _| {}).unwrap(),
+            false => model.prepare_cuts_by_rows(on, plan, |_, _| {}).unwrap(),
+        }
+        cut(&model, 1, 1, threshold)
+    };
+    let times = |n: f32| Cut { inputs: n * 0.2, inner: n * 0.03 };
+    let plain = |_| Depth::default();
+    for by_columns in [false, true] {
+        let twice = of(&|_| Depth { weight: Vec::new(), bias: 1.0 }, times(1.0), by_columns);
+        assert_eq!(bits(&twice.0), bits(&of(&plain, times(2.0), by_columns).0));
+        // Each layer of each token is cut at 4 times the threshold or at a quarter of it.
+        let huge = |sign: f32| {
+            move |n: usize| Depth {
+                weight: (0..n).map(|i| sign * 1e9 * (i as f32).sin()).collect(),
+                bias: 0.0,
+            }
+        };
+        let (one, other) = (of(&huge(1.0), times(1.0), by_columns), of(&huge(-1.0), times(1.0), by_columns));
+        let (least, most) = (of(&plain, times(0.25), by_columns).1, of(&plain, times(4.0), by_columns).1);
+        assert!(least < one.1 && one.1 < most && least < other.1 && other.1 < most);
+        let shares = (one.1, other.1, least, most);
+        assert!((one.1 + other.1 - least - most).abs() < 0.1 * most, "{shares:?}");
+    }
+}
+
 #[test]
 fn plans_that_do_not_fit_are_refused() {
     let mut model = small(GgmlType::F32);
@@ -648,6 +685,10 @@ fn plans_that_do_not_fit_are_refused() {
     assert!(matches!(shape, ModelError::CutShape { layer: 1, found: 95, expected: 96, .. }), "{shape}");
     let nan = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = f32::NAN);
     assert!(matches!(nan, ModelError::CutValue { layer: 2, index: 5, .. }), "{nan}");
+    let short = refused(&|p| _ = p.layers[0].as_mut().unwrap().depth.weight.pop());
+    assert!(matches!(short, ModelError::CutShape { layer: 0, what: "depth", .. }), "{short}");
+    let infinite = refused(&|p| p.layers[1].as_mut().unwrap().depth.bias = f32::INFINITY);
+    assert!(matches!(infinite, ModelError::CutValue { layer: 1, what: "depth", .. }), "{infinite}");
     let negative = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = -1.0);
     assert!(matches!(negative, ModelError::CutValue { .. }), "{negative}");
 }

@@ -258,7 +258,7 @@ fn wrong_keys_are_named() {
     let error = |key: &str, value: Option<Value>| {
         read(&changed(&bytes, key, value), &model).expect_err(key).to_string()
     };
-    let cases: [(&str, Value, &str); 12] = [
+    let cases: [(&str, Value, &str); 14] = [
         ("general.architecture", "llama".into(), "not a calibration file"),
         ("skip.version", 9u32.into(), "skip.version 9"),
         ("skip.model.ffn", 97u32.into(), "skip.model.ffn 97"),
@@ -269,6 +269,8 @@ fn wrong_keys_are_named() {
         ("skip.damage", vec![f32::INFINITY; 12].into(), "skip.damage[0] is inf"),
         ("skip.cold.end", 13u32.into(), "skip.cold.end is 13"),
         ("skip.cut.layer", vec![true; 2].into(), "2 entries, expected 12"),
+        ("skip.cut.depth", vec![0f32; 2].into(), "skip.cut.depth has 2 entries"),
+        ("skip.cut.depth", vec![f32::NAN; 12].into(), "a finite number"),
         ("skip.cut.ratio", vec![0.5f32, 0.4].into(), "no less than the entry before"),
         ("skip.cut.strength", vec![1f32; 2].into(), "skip.cut.strength has 2 entries"),
     ];

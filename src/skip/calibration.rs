@@ -181,7 +181,7 @@ impl Calibration {
         let mut file = Builder::new();
         self.keys(&mut file, facts)?;
         let sides = self.cut.as_ref().map_or_else(Vec::new, |cut| {
-            file_sides(facts).map(|(name, n, of)| (name, n, matrix(&cut.plan, n, of))).to_vec()
+            file_sides(facts).map(|(name, n, _, of)| (name, n, matrix(&cut.plan, n, of))).to_vec()
         });
         let sides: Vec<_> = sides.into_iter().filter(|(_, _, values)| !values.is_empty()).collect();
         for (name, n, _) in &sides {
@@ -232,16 +232,16 @@ impl Calibration {
     }
 }
 
-/// A tensor of the file: name, columns, and the vector of a layer that is a row of it.
-type FileSide = (&'static str, usize, fn(&mut LayerCut) -> &mut Vec<f32>);
+/// A tensor of the file: name, columns, what its values may be, and the vector of a layer that is a row of it.
+type FileSide = (&'static str, usize, &'static Range, fn(&mut LayerCut) -> &mut Vec<f32>);
 
 fn file_sides(facts: &ModelFacts) -> [FileSide; 5] {
     [
-        ("cut.depth.weight", facts.embedding, |cut| &mut cut.depth.weight),
-        ("cut.inputs.centre", facts.embedding, |cut| &mut cut.inputs.centre),
-        ("cut.inputs.weight", facts.embedding, |cut| &mut cut.inputs.weight),
-        ("cut.inner.centre", facts.ffn, |cut| &mut cut.inner.centre),
-        ("cut.inner.weight", facts.ffn, |cut| &mut cut.inner.weight),
+        ("cut.depth.weight", facts.embedding, &FINITE, |cut| &mut cut.depth.weight),
+        ("cut.inputs.centre", facts.embedding, &FINITE, |cut| &mut cut.inputs.centre),
+        ("cut.inputs.weight", facts.embedding, &POSITIVE, |cut| &mut cut.inputs.weight),
+        ("cut.inner.centre", facts.ffn, &FINITE, |cut| &mut cut.inner.centre),
+        ("cut.inner.weight", facts.ffn, &POSITIVE, |cut| &mut cut.inner.weight),
     ]
 }
 
@@ -399,12 +399,13 @@ impl Reader<'_> {
             return Err(CalibrationError::Length { key: key.into(), found, expected });
         }
         let mut layers: Vec<_> = cuttable.iter().map(|&c| c.then(LayerCut::default)).collect();
-        let biases = self.numbers("skip.cut.depth", facts.layers, &FINITE)?;
-        for (cut, bias) in layers.iter_mut().zip(biases) {
-            cut.iter_mut().for_each(|cut| cut.depth.bias = bias);
+        let key = "skip.cut.depth";
+        if self.metadata.opt_array_f32(key)?.is_some() {
+            for (cut, bias) in layers.iter_mut().zip(self.numbers(key, facts.layers, &FINITE)?) {
+                cut.iter_mut().for_each(|cut| cut.depth.bias = bias);
+            }
         }
-        for (name, n, of) in file_sides(facts) {
-            let range = if matches!(name, "cut.inputs.weight" | "cut.inner.weight") { &POSITIVE } else { &FINITE };
+        for (name, n, range, of) in file_sides(facts) {
             let Some(values) = self.tensor(name, n, facts.layers, range)? else { continue };
             for (cut, values) in layers.iter_mut().zip(values.chunks_exact(n)) {
                 cut.iter_mut().for_each(|cut| *of(cut) = values.to_vec());

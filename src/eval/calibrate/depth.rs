@@ -85,3 +85,51 @@ fn centred_product(on: Compute<'_>, x: &[f32], v: &[f32], means: &[f32]) -> Vec<
     sum.iter_mut().zip(means).for_each(|(s, m)| *s -= total * m);
     sum
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Kernels;
+    use crate::threads::Team;
+
+    /// Rows of noise around 3, from a generator of Knuth's.
+    fn noise(rows: usize, n: usize) -> Vec<f32> {
+        let mut seed = 1u64;
+        let mut next = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1u64 << 24) as f32
+        };
+        (0..rows * n).map(|_| 3.0 + next()).collect()
+    }
+
+    #[test]
+    fn a_linear_target_is_found_and_chance_is_not() {
+        let team = Team::new(1).unwrap();
+        let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+        let (rows, n) = (500, 8);
+        let x = noise(rows, n);
+        let linear: Vec<f32> = x.chunks_exact(n).map(|x| 2.0 * x[1] - x[6]).collect();
+        let mean = linear.iter().sum::<f32>() / rows as f32;
+        let linear: Vec<f32> = linear.iter().map(|y| y - mean).collect();
+        let (depth, explained) = fit(on, &x, &linear);
+        assert!(explained > 0.99, "{explained}");
+        for (x, y) in x.chunks_exact(n).zip(&linear) {
+            let factor = depth.factor(on.kernels.dot_f32(&depth.weight, x));
+            assert!((factor.log2() - y).abs() < 0.1, "{factor} for {y}");
+        }
+        // What is seen only where it is learnt is no rule: later rows follow the opposite one.
+        let broken = rows - rows / 5;
+        let turned: Vec<f32> =
+            linear.iter().enumerate().map(|(i, y)| if i < broken { *y } else { -y }).collect();
+        assert_eq!(fit(on, &x, &turned), (Depth::default(), 0.0));
+        assert_eq!(fit(on, &[], &[]), (Depth::default(), 0.0));
+    }
+
+    #[test]
+    fn doubtful_tokens_are_cut_less() {
+        assert!(target(0.9) < target(0.5) && target(0.5) < target(0.0));
+        // Four times the cost, half the threshold.
+        let steep = target(4.0 * (0.1 + FLOOR) - FLOOR) - target(0.1);
+        assert!((steep + 1.0).abs() < 1e-5, "{steep}");
+    }
+}

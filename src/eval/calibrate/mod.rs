@@ -39,6 +39,8 @@ const POINTS: [(SkipMode, &[f32]); 6] = [
     (SkipMode::ShortGpt, &[0.1]),
     (SkipMode::SkipDecode, &[0.1]),
 ];
+/// How often the interval that holds the deepest cut that is good enough is halved.
+const REFINEMENTS: usize = 2;
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
 /// What an error of the last layer costs beyond what the stream's scale says: no layer after it makes up for it.
@@ -387,11 +389,14 @@ fn points(
     options: &CalibrateOptions,
     progress: Progress<'_>,
 ) -> Result<Vec<Point>> {
+    let mut points = Vec::new();
+    if options.quality_windows == 0 {
+        return Ok(points);
+    }
     let settings: Vec<(SkipMode, f32)> =
         POINTS.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
-    let settings = if options.quality_windows == 0 { Vec::new() } else { settings };
-    let mut points = Vec::new();
-    for (i, &(mode, ratio)) in settings.iter().enumerate() {
+    let all = settings.len() + REFINEMENTS;
+    let measured = |mode: SkipMode, ratio, points: &mut Vec<Point>| -> Result<()> {
         let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
         match skip.policy(&model.facts(), Some(found)) {
             Ok(policy) => points.push(point(model, on, mode, ratio, policy, held_out)?),
@@ -399,9 +404,38 @@ fn points(
             Err(SkipError::RatioTooHigh { .. }) => {}
             Err(error) => return Err(error.into()),
         }
-        report(&mut *progress, Stage::Quality, i + 1, settings.len())?;
+        Ok(())
+    };
+    for (i, &(mode, ratio)) in settings.iter().enumerate() {
+        measured(mode, ratio, &mut points)?;
+        report(&mut *progress, Stage::Quality, i + 1, all)?;
     }
+    for i in 0..REFINEMENTS {
+        if let Some(ratio) = between(&points) {
+            measured(SkipMode::Cut, ratio, &mut points)?;
+        }
+        report(&mut *progress, Stage::Quality, settings.len() + i + 1, all)?;
+    }
+    points.sort_by(|a, b| order(a).cmp(&order(b)).then(a.ratio.total_cmp(&b.ratio)));
     Ok(points)
+}
+
+/// Place of a point's policy in [`POINTS`].
+fn order(point: &Point) -> Option<usize> {
+    POINTS.iter().position(|(mode, _)| mode.name() == point.policy)
+}
+
+/// The ratio midway between the deepest cut that is good enough for `--skip auto` and the next that is not.
+fn between(points: &[Point]) -> Option<f32> {
+    let cuts = || points.iter().filter(|p| p.policy == SkipMode::Cut.name());
+    let deepest = cuts().filter(|p| good(p)).map(|p| p.ratio).max_by(f32::total_cmp)?;
+    let next = cuts().map(|p| p.ratio).filter(|&r| r > deepest).min_by(f32::total_cmp)?;
+    Some((deepest + next) / 2.0)
+}
+
+/// Whether `--skip auto` may take the point.
+fn good(point: &Point) -> bool {
+    point.kl <= AUTO_KL && point.perplexity <= AUTO_PERPLEXITY && point.bytes > 0.0
 }
 
 fn point(
@@ -436,7 +470,6 @@ fn point(
 
 /// The point with the most bytes unread, of those that are good enough for `--skip auto`.
 fn best(points: &[Point]) -> Option<usize> {
-    let good = |p: &Point| p.kl <= AUTO_KL && p.perplexity <= AUTO_PERPLEXITY && p.bytes > 0.0;
     let good = points.iter().enumerate().filter(|(_, p)| good(p));
     good.max_by(|a, b| a.1.bytes.total_cmp(&b.1.bytes)).map(|(i, _)| i)
 }
@@ -495,5 +528,8 @@ mod tests {
         };
         assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
         assert_eq!(best(&[point(0.1, 0.3)]), None);
+        assert_eq!(between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)]), Some(0.375));
+        assert_eq!(between(&[point(0.1, 0.3)]), None, "nothing is good");
+        assert_eq!(between(&[point(0.1, 0.01)]), None, "nothing is bad");
     }
 }
