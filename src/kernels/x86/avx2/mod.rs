@@ -5,14 +5,17 @@
 //! `avxvnni` is compiled from the same source with another `multiply`.
 
 pub(super) mod blocks;
+pub(super) mod columns;
 pub(super) mod dot;
 pub(super) mod gemm;
 
 use std::arch::x86_64::*;
 
 use crate::gguf::GgmlType;
+use crate::kernels::columns::Chosen;
 use crate::kernels::float::instantiate;
 use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "avx2",
@@ -25,7 +28,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns,
         float: &FLOAT,
     },
 };
@@ -36,6 +39,7 @@ pub(super) fn detect() -> bool {
 }
 
 dot::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
+columns::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 gemm::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 
 /// Byte products in two steps: `add` sums them up in 16 bits and `close` adds those sums to a sum of

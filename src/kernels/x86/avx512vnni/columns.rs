@@ -3,16 +3,10 @@
 use std::arch::x86_64::*;
 
 use super::blocks::lanes;
-use crate::kernels::columns::{Bundle, Chosen, ChosenGroup};
+use crate::kernels::columns::{Bundle, Chosen};
 use crate::kernels::x86::IQ4_VALUES;
+use crate::kernels::x86::columns::{BYTES, Fetch, Group, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
-use crate::quant::zero_point;
-
-/// How a kernel reads codes; the values of `KIND`.
-const NIBBLES: u8 = 0;
-const NIBBLES_AND_HIGH: u8 = 1;
-const TABLE: u8 = 2;
-const BYTES: u8 = 3;
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -53,112 +47,6 @@ fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut
         }
     }
     finish(strip, all_sums, out);
-}
-
-/// Most bundles of a group: 32 columns.
-const BUNDLES: usize = 8;
-
-/// A group, its chosen columns and where they are.
-struct Group<'a> {
-    strip: &'a ColumnStrip<'a>,
-    /// Its scales, its mins and its columns.
-    bytes: &'a [u8],
-    bundles: &'a [Bundle],
-    columns: [[*const u8; 4]; BUNDLES],
-    /// Scale of the activations.
-    scale: f32,
-    /// Sum of the activations.
-    sum: f32,
-    /// What the dot products start from.
-    start: i32,
-    /// Lines to fetch of the next group in each step.
-    ahead: usize,
-}
-
-impl<'a> Group<'a> {
-    #[inline]
-    fn new(strip: &'a ColumnStrip<'a>, g: &ChosenGroup, bundles: &'a [Bundle], ahead: usize) -> Self {
-        let group = g.group as usize;
-        let bytes = &strip.groups[group * strip.group_bytes..][..strip.group_bytes];
-        let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
-        let mut columns = [[bytes.as_ptr(); 4]; BUNDLES];
-        for (columns, bundle) in columns.iter_mut().zip(bundles) {
-            for (column, &col) in columns.iter_mut().zip(&bundle.cols) {
-                let in_group = col as usize - group * strip.group_len;
-                *column = bytes.as_ptr().wrapping_add(scale_bytes + in_group * strip.column_bytes);
-            }
-        }
-        let sum = g.scale * g.sum as f32;
-        let start = -i32::from(zero_point(strip.ty)) * g.sum;
-        Self { strip, bytes, bundles, columns, scale: g.scale, sum, start, ahead }
-    }
-}
-
-/// A group that is being fetched: its scales, then one column after the other. Into L2: a core can have more lines on
-/// their way to it than to L1.
-struct Fetch<'a> {
-    /// Where column 0 of the matrix would be if all were as far apart as in this group.
-    origin: *const u8,
-    column_bytes: usize,
-    bundles: &'a [Bundle],
-    /// The next column.
-    column: usize,
-    at: *const u8,
-    /// Lines of what is being fetched that are left.
-    left: usize,
-}
-
-impl<'a> Fetch<'a> {
-    #[inline]
-    fn new(strip: &ColumnStrip<'_>, g: &ChosenGroup, bundles: &'a [Bundle]) -> Self {
-        let group = g.group as usize;
-        let at = strip.groups[group * strip.group_bytes..].as_ptr();
-        let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
-        let before = group * strip.group_len * strip.column_bytes;
-        Self {
-            origin: at.wrapping_add(scale_bytes).wrapping_sub(before),
-            column_bytes: strip.column_bytes,
-            bundles,
-            column: 0,
-            at,
-            left: scale_bytes / 64,
-        }
-    }
-
-    /// Lines that are left at first, or some more.
-    #[inline]
-    fn all(&self) -> usize {
-        if self.bundles.is_empty() { 0 } else { self.left + 4 * self.bundles.len() * self.column_bytes / 64 }
-    }
-
-    /// Asks for up to `n` more cache lines.
-    #[inline]
-    #[target_feature(enable = "sse")]
-    fn lines(&mut self, n: usize) {
-        for _ in 0..n {
-            if self.left == 0 && !self.next_column() {
-                return;
-            }
-            _mm_prefetch::<_MM_HINT_T1>(self.at.cast());
-            self.at = self.at.wrapping_add(64);
-            self.left -= 1;
-        }
-    }
-
-    #[inline]
-    fn next_column(&mut self) -> bool {
-        while let Some(bundle) = self.bundles.get(self.column / 4) {
-            let (i, cols) = (self.column % 4, bundle.cols);
-            self.column += 1;
-            // A bundle that is not full repeats its first column.
-            if i == 0 || cols[i] != cols[0] {
-                self.at = self.origin.wrapping_add(cols[i] as usize * self.column_bytes);
-                self.left = self.column_bytes / 64;
-                return true;
-            }
-        }
-        false
-    }
 }
 
 /// How the high bits of a tile of `A` sum registers are brought above the nibbles.

@@ -4,8 +4,10 @@
 use std::arch::x86_64::*;
 
 use crate::gguf::GgmlType;
+use crate::kernels::columns::Chosen;
 use crate::kernels::x86::avx2;
 use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "avxvnni",
@@ -18,12 +20,13 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: avx2::dot::unpack,
         interleave: avx2::gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns,
         float: &avx2::FLOAT,
     },
 };
 
 avx2::dot::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
+avx2::columns::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 avx2::gemm::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 
 /// The functions of `avx2::maddubs` in one step: products go to the sum of 32 bits at once.
@@ -78,12 +81,16 @@ pub(in crate::kernels) mod evex {
             unpack: avx2::dot::unpack,
             interleave: avx2::gemm::interleave,
             gemm,
-            columns: crate::kernels::columns::scalar,
+            columns,
             float: &avx2::FLOAT,
         },
     };
 
     avx2::dot::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
+    avx2::columns::instantiate!(
+        "avx2,fma,f16c,avx512vl,avx512vnni",
+        crate::kernels::x86::avxvnni::evex::dpbusd
+    );
     avx2::gemm::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
     dpbusd!("avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32);
 }

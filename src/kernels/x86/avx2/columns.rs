@@ -1,0 +1,329 @@
+//! Products with chosen columns: half a cache line of four columns at a time, interleaved in registers.
+//!
+//! That gives the sums of 64 outputs, or of 32 where codes have 8 bits, in registers of eight. With `maddubs` products
+//! are added up in 16 bits over a *run* of bundles, as many as fit; see `gemm`.
+
+use std::arch::x86_64::*;
+
+use crate::kernels::x86::columns::Group;
+use crate::quant::columns::{Codes, ColumnStrip, TILE};
+
+/// How the high bits of a tile are brought above the nibbles.
+pub(in crate::kernels::x86) struct High {
+    /// Bytes of a column in a tile: 64, 32 or 16.
+    bytes: usize,
+    /// `[half][sum register of a quarter]`: how far to shift left, and right.
+    shifts: [[[__m256i; 2]; 4]; 2],
+    /// Where the bits stand then.
+    mask: __m256i,
+}
+
+impl High {
+    /// For a tile of `outputs`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn new(strip: &ColumnStrip<'_>, outputs: usize) -> Self {
+        let mut shifts = [[[_mm256_setzero_si256(); 2]; 4]; 2];
+        let Codes::Nibbles { high: high @ 1.. } = strip.codes else {
+            return Self { bytes: 0, shifts, mask: _mm256_setzero_si256() };
+        };
+        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
+        let bytes = outputs * high / 8;
+        let copies = 64 / bytes;
+        for (half, shifts) in shifts.iter_mut().enumerate() {
+            for (f, shifts) in shifts.iter_mut().enumerate() {
+                let (mut left, mut right) = ([0i32; 8], [0i32; 8]);
+                for i in 0..8 {
+                    let copy = (8 * half + i) / (16 / copies);
+                    let by = 4 - (high * (f * copies + copy)) as i32;
+                    (left[i], right[i]) = (by.max(0), (-by).max(0));
+                }
+                *shifts = [load_lanes(&left), load_lanes(&right)];
+            }
+        }
+        Self { bytes, shifts, mask: _mm256_set1_epi8(((1 << high) - 1) << 4) }
+    }
+
+    /// Those that belong to sum register `f` of a quarter, above nibbles.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn of(&self, quarter: __m256i, half: usize, f: usize) -> __m256i {
+        let [left, right] = self.shifts[half][f];
+        let turned = _mm256_srlv_epi32(_mm256_sllv_epi32(quarter, left), right);
+        _mm256_and_si256(turned, self.mask)
+    }
+
+    /// The high bits of four columns that go with half `half` of a line, interleaved; those of the tile begin at byte `at`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn quarters(&self, columns: &[*const u8; 4], at: usize, half: usize) -> [__m256i; 4] {
+        let mut x = [_mm256_setzero_si256(); 4];
+        for i in 0..4 {
+            // SAFETY: the columns are a strip's and have `self.bytes` for the tile in their high part.
+            x[i] = unsafe {
+                let at = columns[i].add(at);
+                match self.bytes {
+                    64 => _mm256_loadu_si256(at.add(32 * half).cast()),
+                    32 => _mm256_loadu_si256(at.cast()),
+                    _ => _mm256_broadcastsi128_si256(_mm_loadu_si128(at.cast())),
+                }
+            };
+        }
+        interleave(x)
+    }
+}
+
+/// Half a cache line of each of four columns, from byte `at` on, interleaved.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(in crate::kernels::x86) fn quarters(columns: &[*const u8; 4], at: usize) -> [__m256i; 4] {
+    let mut x = [_mm256_setzero_si256(); 4];
+    for i in 0..4 {
+        // SAFETY: the columns are a strip's, and `at` is half a line of their low part (`Kernels::columns`).
+        x[i] = unsafe { _mm256_loadu_si256(columns[i].add(at).cast()) };
+    }
+    interleave(x)
+}
+
+/// Four registers to the four quarters of their 16-byte lanes, bytes of the four interleaved.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn interleave(x: [__m256i; 4]) -> [__m256i; 4] {
+    let (low, high) = (_mm256_unpacklo_epi8(x[0], x[1]), _mm256_unpackhi_epi8(x[0], x[1]));
+    let (low2, high2) = (_mm256_unpacklo_epi8(x[2], x[3]), _mm256_unpackhi_epi8(x[2], x[3]));
+    [
+        _mm256_unpacklo_epi16(low, low2),
+        _mm256_unpackhi_epi16(low, low2),
+        _mm256_unpacklo_epi16(high, high2),
+        _mm256_unpackhi_epi16(high, high2),
+    ]
+}
+
+/// `out += scale * dots + min * sum of activations` in units of the factors. Sum register `a` has eight outputs from
+/// `at + 16 a` on: the other half of the line has the eight between.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(in crate::kernels::x86) fn add_group<const N: usize>(
+    group: &Group<'_>,
+    at: usize,
+    dots: &[__m256i; N],
+    out: &mut [f32],
+) {
+    let strip = group.strip;
+    let (scale, zero) = (_mm256_set1_ps(group.scale), _mm256_set1_ps(strip.zeros[0]));
+    let sum = _mm256_set1_ps(group.sum);
+    for (a, &dot) in dots.iter().enumerate() {
+        let at = at + 16 * a;
+        let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dot));
+        let factor = _mm256_sub_ps(codes(group.bytes, at), zero);
+        let mut total = _mm256_fmadd_ps(factor, dot, load(out, at));
+        if strip.has_min {
+            let min = _mm256_mul_ps(sum, codes(group.bytes, strip.width + at));
+            total = _mm256_fmadd_ps(load(strip.heads, strip.width + at), min, total);
+        }
+        store(out, at, total);
+    }
+}
+
+/// From sums in units of the factors to sums of weights; `all` is the sum of all activations.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+pub(in crate::kernels::x86) fn finish(strip: &ColumnStrip<'_>, all: f32, out: &mut [f32]) {
+    let zeros = _mm256_set1_ps(strip.zeros[1] * all);
+    for at in (0..strip.width).step_by(8) {
+        let mut sum = load(out, at);
+        if strip.has_min {
+            sum = _mm256_fnmadd_ps(load(strip.heads, strip.width + at), zeros, sum);
+        }
+        store(out, at, _mm256_mul_ps(sum, load(strip.heads, at)));
+    }
+}
+
+/// Eight bytes as floats.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn codes(bytes: &[u8], at: usize) -> __m256 {
+    let bytes: &[u8; 8] = bytes[at..].first_chunk().expect("a byte an output");
+    // SAFETY: 8 readable bytes; the load has no alignment.
+    _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(bytes.as_ptr().cast()) }))
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn load(floats: &[f32], at: usize) -> __m256 {
+    let floats: &[f32; 8] = floats[at..].first_chunk().expect("8 floats");
+    // SAFETY: 32 readable bytes; the load has no alignment.
+    unsafe { _mm256_loadu_ps(floats.as_ptr()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn store(floats: &mut [f32], at: usize, v: __m256) {
+    let floats: &mut [f32; 8] = floats[at..].first_chunk_mut().expect("8 floats");
+    // SAFETY: 32 writable bytes; the store has no alignment.
+    unsafe { _mm256_storeu_ps(floats.as_mut_ptr(), v) }
+}
+
+#[inline]
+#[target_feature(enable = "avx")]
+fn load_lanes(lanes: &[i32; 8]) -> __m256i {
+    // SAFETY: 32 readable bytes; the load has no alignment.
+    unsafe { _mm256_loadu_si256(lanes.as_ptr().cast()) }
+}
+
+/// Which of the tile's lines a half line is in, and its byte of the high part: `(line of the tile, tile)`.
+#[inline]
+pub(in crate::kernels::x86) fn line_of(half_line: usize) -> (usize, usize) {
+    const LINES: usize = TILE / 2 / 64;
+    (half_line / 2 % LINES, half_line / 2 / LINES)
+}
+
+/// The function `columns` (see `Kernels::columns`), compiled with `$features` and multiplying with the functions of the
+/// module `$multiply`.
+macro_rules! instantiate {
+    ($features:literal, $multiply:path) => {
+        /// See `Kernels::columns`, which asserts the lengths.
+        #[target_feature(enable = $features)]
+        fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
+            use $crate::kernels::x86::IQ4_VALUES;
+            use $crate::kernels::x86::avx2::columns::{High, add_group, finish, line_of, quarters};
+            use $crate::kernels::x86::columns::{BYTES, Fetch, Group, NIBBLES, NIBBLES_AND_HIGH, TABLE};
+            use $crate::quant::columns::{Codes, TILE};
+            use $multiply as multiply;
+
+            /// Whether codes are multiplied by the sign trick of `dot`, their zero point of 128 taken off: those of 8
+            /// bits, where they do not fit unsigned.
+            const fn is_signed(kind: u8) -> bool {
+                multiply::MAX < 255 && matches!(kind, BYTES | TABLE)
+            }
+
+            /// Group after group, while the next one is fetched; in a group half line after half line of the outputs.
+            /// `N` sum registers, runs of `RUN` bundles.
+            #[target_feature(enable = $features)]
+            fn kernel<const KIND: u8, const N: usize, const RUN: usize>(
+                strip: &ColumnStrip<'_>,
+                chosen: Chosen<'_>,
+                out: &mut [f32],
+            ) {
+                let high = [High::new(strip, TILE), High::new(strip, TILE / 2)];
+                let halves = strip.low_bytes / 32;
+                let mut all_sums = 0f32;
+                let mut at = chosen.start as usize;
+                let Some(g) = chosen.groups.first() else { return };
+                Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]).lines(usize::MAX);
+                for (i, g) in chosen.groups.iter().enumerate() {
+                    let bundles = &chosen.bundles[at..g.end as usize];
+                    at = g.end as usize;
+                    let mut next = match chosen.groups.get(i + 1) {
+                        Some(g) => Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]),
+                        None => Fetch::new(strip, g, &[]),
+                    };
+                    let group = Group::new(strip, g, bundles, next.all().div_ceil(halves * bundles.len()));
+                    all_sums += group.sum;
+                    for half in 0..halves {
+                        let whole = strip.width >= (line_of(half).1 + 1) * TILE;
+                        half_line::<KIND, N, RUN>(&group, &high[usize::from(!whole)], half, &mut next, out);
+                    }
+                }
+                finish(strip, all_sums, out);
+            }
+
+            /// A group times the outputs of half a line.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn half_line<const KIND: u8, const N: usize, const RUN: usize>(
+                group: &Group<'_>,
+                high: &High,
+                index: usize,
+                next: &mut Fetch<'_>,
+                out: &mut [f32],
+            ) {
+                let strip = group.strip;
+                let start = if is_signed(KIND) { 0 } else { group.start };
+                let mut dots = [_mm256_set1_epi32(start); N];
+                let columns = &group.columns[..group.bundles.len()];
+                for (bundles, columns) in group.bundles.chunks(RUN).zip(columns.chunks(RUN)) {
+                    let mut sums = dots;
+                    for sum in &mut sums {
+                        *sum = multiply::open(*sum);
+                    }
+                    for (bundle, columns) in bundles.iter().zip(columns) {
+                        next.lines(group.ahead);
+                        let acts = _mm256_set1_epi32(bundle.acts as i32);
+                        add_bundle::<KIND, N>(strip, columns, index, high, acts, &mut sums);
+                    }
+                    for (dot, sum) in dots.iter_mut().zip(sums) {
+                        *dot = multiply::close(*dot, sum);
+                    }
+                }
+                add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, out);
+            }
+
+            /// `sums += codes * activations` for the four columns of a bundle.
+            #[inline]
+            #[target_feature(enable = $features)]
+            #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
+            fn add_bundle<const KIND: u8, const N: usize>(
+                strip: &ColumnStrip<'_>,
+                columns: &[*const u8; 4],
+                index: usize,
+                high: &High,
+                acts: __m256i,
+                sums: &mut [__m256i; N],
+            ) {
+                let quarters = quarters(columns, 32 * index);
+                if KIND == BYTES {
+                    for k in 0..4 {
+                        sums[k] = add::<KIND>(sums[k], quarters[k], acts);
+                    }
+                    return;
+                }
+                let nibble = _mm256_set1_epi8(15);
+                let (line, tile) = line_of(index);
+                let top = match strip.codes {
+                    Codes::Nibbles { high: bits } if KIND == NIBBLES_AND_HIGH => {
+                        high.quarters(columns, strip.low_bytes + tile * TILE * bits / 8, index % 2)
+                    }
+                    _ => [nibble; 4],
+                };
+                for k in 0..4 {
+                    let x = quarters[k];
+                    let mut even = _mm256_and_si256(x, nibble);
+                    let mut odd = _mm256_and_si256(_mm256_srli_epi16::<4>(x), nibble);
+                    if KIND == NIBBLES_AND_HIGH {
+                        even = _mm256_or_si256(even, high.of(top[k], index % 2, 2 * line));
+                        odd = _mm256_or_si256(odd, high.of(top[k], index % 2, 2 * line + 1));
+                    }
+                    if KIND == TABLE {
+                        // SAFETY: 16 readable bytes.
+                        let table = unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) };
+                        let table = _mm256_broadcastsi128_si256(table);
+                        even = _mm256_shuffle_epi8(table, even);
+                        odd = _mm256_shuffle_epi8(table, odd);
+                    }
+                    sums[2 * k] = add::<KIND>(sums[2 * k], even, acts);
+                    sums[2 * k + 1] = add::<KIND>(sums[2 * k + 1], odd, acts);
+                }
+            }
+
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add<const KIND: u8>(sum: __m256i, codes: __m256i, acts: __m256i) -> __m256i {
+                if !is_signed(KIND) {
+                    return multiply::add(sum, codes, acts);
+                }
+                let w = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+                multiply::add(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(acts, w))
+            }
+
+            match strip.codes {
+                Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, chosen, out),
+                Codes::Nibbles { high: 1 } => kernel::<NIBBLES_AND_HIGH, 8, 4>(strip, chosen, out),
+                Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH, 8, 2>(strip, chosen, out),
+                Codes::Table => kernel::<TABLE, 8, 1>(strip, chosen, out),
+                Codes::Bytes => kernel::<BYTES, 4, 1>(strip, chosen, out),
+            }
+        }
+    };
+}
+pub(in crate::kernels::x86) use instantiate;
