@@ -119,6 +119,19 @@ impl KvCache {
         keys
     }
 
+    /// Takes over the first `positions` of `other`.
+    ///
+    /// # Panics
+    /// If they do not fit, or the two differ in more than their context.
+    pub(super) fn copy_prefix(&mut self, other: &Self, positions: usize) {
+        let shape = |c: &Self| (c.kind, c.kv_heads, c.head_dim, c.layers.len());
+        assert!(shape(self) == shape(other) && positions <= self.context.min(other.context));
+        for (to, from) in self.layers.iter_mut().zip(&other.layers) {
+            to.0.copy_prefix(&from.0, positions);
+            to.1.copy_prefix(&from.1, positions);
+        }
+    }
+
     pub(super) fn layer(&self, layer: usize) -> (&Store, &Store) {
         let (k, v) = &self.layers[layer];
         (k, v)
@@ -185,6 +198,20 @@ impl Store {
         }
     }
 
+    /// Takes over the first `positions` of every head of `other`, which stores numbers alike.
+    fn copy_prefix(&mut self, other: &Self, positions: usize) {
+        let (to, from, dim) = (self.context, other.context, self.head_dim);
+        match (&mut self.data, &other.data) {
+            (Data::F32(a), Data::F32(b)) => copy_heads((a, to * dim), (b, from * dim), positions * dim),
+            (Data::F16(a), Data::F16(b)) => copy_heads((a, to * dim), (b, from * dim), positions * dim),
+            (Data::Q8(a), Data::Q8(b)) => {
+                let bytes = |positions| positions * GgmlType::Q8_0.row_bytes(dim);
+                copy_heads((a, bytes(to)), (b, bytes(from)), bytes(positions));
+            }
+            _ => unreachable!("the kinds were compared"),
+        }
+    }
+
     /// The numbers of every head at `position`, widened into `out`.
     pub(super) fn read(&self, kernels: Kernels, position: usize, out: &mut [f32]) {
         for (h, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
@@ -196,6 +223,13 @@ impl Store {
 fn copy_within<T: Copy>(data: &mut [T], context: usize, dim: usize, from: usize, to: usize) {
     for head in data.chunks_exact_mut(context * dim) {
         head.copy_within(from * dim..(from + 1) * dim, to * dim);
+    }
+}
+
+/// The first `n` elements of each head of `from`, to those of `to`; heads begin every so many elements.
+fn copy_heads<T: Copy>((to, to_head): (&mut [T], usize), (from, from_head): (&[T], usize), n: usize) {
+    for (to, from) in to.chunks_exact_mut(to_head).zip(from.chunks_exact(from_head)) {
+        to[..n].copy_from_slice(&from[..n]);
     }
 }
 

@@ -1,8 +1,9 @@
 //! A LLaMA-family model: typed config, named weights, forward pass, KV cache.
 //!
 //! [`Model::load`] checks every tensor against the shape that the config demands; after that nothing
-//! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
+//! about the file can go wrong. [`Model::forward_parts`] is the whole computation of a step.
 
+mod buffers;
 mod config;
 mod cut;
 mod error;
@@ -10,17 +11,20 @@ mod forward;
 mod kv;
 mod layers;
 mod probe;
+mod sequence;
 mod state;
 
 use std::path::Path;
 use std::sync::OnceLock;
 
+pub use buffers::{Buffers, Products};
 pub use config::{Architecture, Config, RopeConfig};
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
 pub use probe::{FfnRows, Matrices, Probe};
-pub use state::{FfnStep, State};
+pub use sequence::{FfnStep, Part, Sequence};
+pub use state::State;
 
 use crate::gguf::Gguf;
 use crate::ops::Compute;

@@ -57,7 +57,7 @@ impl MatmulScratch {
 
 /// Rows of matrices like `w` in a chunk, of `outputs` altogether.
 fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> usize {
-    if x.rows >= GEMM_ROWS {
+    if x.are_many() {
         return PANEL_ROWS;
     }
     let shared_by = |chunks| outputs.div_ceil(on.team.threads() * chunks);
@@ -88,7 +88,7 @@ pub fn matmul(
             if from < to {
                 let at = from - tile.cols().start;
                 product(on, matrix, from - first..to - first, x, scratch);
-                store(&mut tile, at, to - from, epilogue, &scratch.acc);
+                store(&mut tile, at, to - from, epilogue, (&scratch.acc, acc_stride(x, to - from)));
             }
             first += matrix.rows_len();
         }
@@ -111,7 +111,7 @@ pub fn matmul_swiglu(
         product(on, &up, tile.cols(), x, scratch);
         std::mem::swap(&mut scratch.acc, &mut scratch.up);
         product(on, &gate, tile.cols(), x, scratch);
-        let stride = acc_stride(x.rows, n);
+        let stride = acc_stride(x, n);
         for t in tile.rows() {
             let gate = &mut scratch.acc[t * stride..][..n];
             on.kernels.silu_mul(gate, &scratch.up[t * stride..][..n]);
@@ -121,8 +121,8 @@ pub fn matmul_swiglu(
 }
 
 /// Columns of a row of `acc`.
-fn acc_stride(rows: usize, n: usize) -> usize {
-    if rows >= GEMM_ROWS { PANEL_ROWS } else { n }
+fn acc_stride(x: &Inputs, n: usize) -> usize {
+    if x.are_many() { PANEL_ROWS } else { n }
 }
 
 /// Copies a row of a tile; that of a full panel has a known length and needs no call.
@@ -133,8 +133,15 @@ fn copy(to: &mut [f32], from: &[f32]) {
     }
 }
 
-fn store(tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
-    let (stride, first) = (acc_stride(tile.rows().len(), n), tile.cols().start + at);
+/// Stores `n` columns of `acc`, whose rows have `stride`.
+fn store(
+    tile: &mut Tile<'_, f32>,
+    at: usize,
+    n: usize,
+    epilogue: Epilogue<'_>,
+    (acc, stride): (&[f32], usize),
+) {
+    let first = tile.cols().start + at;
     for t in tile.rows() {
         let (out, acc) = (&mut tile.row(t)[at..at + n], &acc[t * stride..][..n]);
         match epilogue {
@@ -162,7 +169,7 @@ fn product(
     x: &Inputs,
     scratch: &mut MatmulScratch,
 ) {
-    let (n, stride) = (rows.len(), acc_stride(x.rows, rows.len()));
+    let (n, stride) = (rows.len(), acc_stride(x, rows.len()));
     let terms = 1 + usize::from(x.two_terms);
     if scratch.acc.len() < terms * x.rows * stride {
         scratch.acc.resize(terms * x.rows * stride, 0.0);
@@ -170,7 +177,7 @@ fn product(
     }
     let weights = w.rows(rows);
     let acc = &mut scratch.acc[..terms * x.rows * stride];
-    match (quant::is_quantised(w.ty()), x.rows >= GEMM_ROWS) {
+    match (quant::is_quantised(w.ty()), x.are_many()) {
         (true, false) => {
             // Both terms of refined inputs in one pass over the weights.
             on.kernels.dot_tokens(w.ty(), weights, &x.q8, acc);

@@ -38,6 +38,7 @@ pub struct Inputs {
     /// If `two_terms`, as many rows again hold what the first leave over, quantised in turn.
     q8: Activations,
     two_terms: bool,
+    by_panels: bool,
 }
 
 impl Inputs {
@@ -53,6 +54,18 @@ impl Inputs {
         let mut inputs = Self::with_capacity(rows, cols);
         inputs.q8.add_rows(rows);
         inputs
+    }
+
+    /// Has matrices unpacked for these rows however few they are, as they are for [`GEMM_ROWS`]: a row's product with
+    /// a quantised matrix then does not depend on how many others there are.
+    pub fn by_panels(mut self, by_panels: bool) -> Self {
+        self.by_panels = by_panels;
+        self
+    }
+
+    /// Whether unpacking panels of a matrix pays, or was asked for.
+    fn are_many(&self) -> bool {
+        self.by_panels || self.rows >= GEMM_ROWS
     }
 
     /// Makes this `rows x cols`; the contents are to be written anew.
