@@ -28,7 +28,7 @@ pub use state::State;
 
 use crate::gguf::Gguf;
 use crate::ops::Compute;
-use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
+use crate::skip::{Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
 
@@ -139,12 +139,26 @@ impl Model {
         options: &SkipOptions,
         progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
-        let options = options.resolved(self.calibration())?;
-        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
-        match plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()) {
-            Some(plan) => self.prepare_cuts(on, plan.clone(), progress),
+        match self.plan_to_prepare(options)? {
+            Some(plan) => self.prepare_cuts(on, plan, progress),
             None => Ok(()),
         }
+    }
+
+    /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: see
+    /// [`prepare_cuts_by_rows`](Self::prepare_cuts_by_rows).
+    pub fn prepare_skip_by_rows(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
+        match self.plan_to_prepare(options)? {
+            Some(plan) => self.prepare_cuts_by_rows(on, plan, |_, _| {}),
+            None => Ok(()),
+        }
+    }
+
+    /// What `options` need that is not there yet.
+    fn plan_to_prepare(&self, options: &SkipOptions) -> Result<Option<CutPlan>, ModelError> {
+        let options = options.resolved(self.calibration())?;
+        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
+        Ok(plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()).cloned())
     }
 
     /// What is known about skipping in this model.

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::Compute;
 use crate::kernels::Kernels;
+use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
 use crate::threads::Tile;
 
@@ -236,21 +237,26 @@ impl Block {
     ) {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
         let AttentionScratch { queries, scores, out, wide, running } = scratch;
-        let (n, wide) = (positions.len(), &mut wide[..positions.len() * dim]);
+        let wide = &mut wide[..positions.len() * dim];
         let keys = in_place(kernels, keys, self.kv_head(), &positions, wide);
-        for_rows(queries, scores, rows, dim, |q, scores| match keys {
-            InPlace::F16(keys) => kernels.dots_f16(q, keys, &mut scores[..n]),
-            InPlace::F32(keys) => kernels.dots(q, keys, &mut scores[..n]),
-        });
+        let queries = Rows { data: queries, rows, cols: dim, stride: dim };
+        match keys {
+            InPlace::F16(keys) => kernels.dots_f16_of_rows(queries, keys, (scores, TILE)),
+            InPlace::F32(keys) => kernels.dots_of_rows(queries, keys, (scores, TILE)),
+        }
         let values = in_place(kernels, values, self.kv_head(), &positions, wide);
-        for row in 0..rows {
-            let n = self.visible(row, &positions);
-            let weights = &mut scores[row * TILE..][..n];
-            let out = &mut out[row * dim..][..dim];
-            softmax_step(kernels, weights, &mut running[row], out);
+        // The heads of a token see the same positions.
+        for first in (0..rows).step_by(self.heads) {
+            let n = self.visible(first, &positions);
+            for row in first..first + self.heads {
+                let (weights, out) = (&mut scores[row * TILE..][..n], &mut out[row * dim..][..dim]);
+                softmax_step(kernels, weights, &mut running[row], out);
+            }
+            let weights = Rows { data: &scores[first * TILE..], rows: self.heads, cols: n, stride: TILE };
+            let out = &mut out[first * dim..][..self.heads * dim];
             match values {
-                InPlace::F16(values) => kernels.add_weighted_f16(out, weights, &values[..n * dim]),
-                InPlace::F32(values) => kernels.add_weighted(out, weights, &values[..n * dim]),
+                InPlace::F16(values) => kernels.add_weighted_f16_rows(out, weights, &values[..n * dim]),
+                InPlace::F32(values) => kernels.add_weighted_rows(out, weights, &values[..n * dim]),
             }
         }
     }
@@ -305,18 +311,6 @@ fn in_place<'a>(
             InPlace::F32(wide)
         }
     }
-}
-
-/// Calls `f` with each query and where its scores go.
-fn for_rows(
-    queries: &[f32],
-    scores: &mut [f32],
-    rows: usize,
-    dim: usize,
-    mut f: impl FnMut(&[f32], &mut [f32]),
-) {
-    let queries = queries.chunks_exact(dim).take(rows);
-    queries.zip(scores.chunks_exact_mut(TILE)).for_each(|(q, scores)| f(q, scores));
 }
 
 /// The greatest number, several lanes at a time.
