@@ -242,18 +242,19 @@ const KEYS: usize = 4;
 
 /// `out[r][i] = q[r] . keys[i]`, 16 elements of a key widened at a time by `load`, for up to three queries at once: heads
 /// of a group, which share keys.
+// `load` is passed by value: behind a reference it is not inlined.
 #[inline(always)]
 pub(super) fn dots<const FMA: bool, T: Copy + Default>(
     q: Rows<'_>,
     keys: &[T],
     (out, stride): (&mut [f32], usize),
-    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES] + Copy,
 ) {
     let (dim, n) = (q.cols, keys.len() / q.cols);
     if !dim.is_multiple_of(LANES) {
         for r in 0..q.rows {
             for (i, out) in out[r * stride..][..n].iter_mut().enumerate() {
-                *out = dot_widened::<FMA, T>(q.row(r), &keys[i * dim..][..dim], &load);
+                *out = dot_widened::<FMA, T>(q.row(r), &keys[i * dim..][..dim], load);
             }
         }
         return;
@@ -266,15 +267,15 @@ pub(super) fn dots<const FMA: bool, T: Copy + Default>(
             let keys = &keys[i * dim..][..KEYS * dim];
             let out = &mut out[r * stride + i..];
             match rows {
-                3 => some_dots::<FMA, T, 3, KEYS>([row(0), row(1), row(2)], keys, out, stride, &load),
-                2 => some_dots::<FMA, T, 2, KEYS>([row(0), row(1)], keys, out, stride, &load),
-                _ => some_dots::<FMA, T, 1, KEYS>([row(0)], keys, out, stride, &load),
+                3 => some_dots::<FMA, T, 3, KEYS>([row(0), row(1), row(2)], keys, out, stride, load),
+                2 => some_dots::<FMA, T, 2, KEYS>([row(0), row(1)], keys, out, stride, load),
+                _ => some_dots::<FMA, T, 1, KEYS>([row(0)], keys, out, stride, load),
             }
         }
         for i in whole..n {
             for r in r..r + rows {
                 let key = &keys[i * dim..][..dim];
-                some_dots::<FMA, T, 1, 1>([q.row(r)], key, &mut out[r * stride + i..], stride, &load);
+                some_dots::<FMA, T, 1, 1>([q.row(r)], key, &mut out[r * stride + i..], stride, load);
             }
         }
         r += rows;
@@ -288,7 +289,7 @@ fn some_dots<const FMA: bool, T, const Q: usize, const N: usize>(
     keys: &[T],
     out: &mut [f32],
     stride: usize,
-    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES] + Copy,
 ) {
     let dim = q[0].len();
     let mut sums = [[[0f32; LANES]; N]; Q];
@@ -308,20 +309,40 @@ fn some_dots<const FMA: bool, T, const Q: usize, const N: usize>(
             }
         }
     }
-    for (r, sums) in sums.iter_mut().enumerate() {
-        let mut width = LANES;
-        while width > 1 {
-            width /= 2;
-            for sums in &mut *sums {
-                for i in 0..width {
-                    sums[i] += sums[i + width];
-                }
-            }
-        }
-        for n in 0..N {
-            out[r * stride + n] = sums[n][0];
+    for (r, sums) in sums.iter().enumerate() {
+        let out = &mut out[r * stride..][..N];
+        match (sums.as_chunks::<4>(), out.as_chunks_mut::<4>().0) {
+            (([sums], []), [out]) => *out = sums_of_four(sums),
+            _ => out.iter_mut().zip(sums).for_each(|(out, sums)| [*out, ..] = sums_of_four(&[*sums; 4])),
         }
     }
+}
+
+/// The sum of each, in halves: of 16 the second eight to the first, and so on. Four side by side fill the vectors that
+/// the later steps of one would leave half empty.
+#[inline(always)]
+fn sums_of_four(x: &[[f32; LANES]; 4]) -> [f32; 4] {
+    let mut eight = [[0f32; 8]; 4];
+    for n in 0..4 {
+        for i in 0..8 {
+            eight[n][i] = x[n][i] + x[n][i + 8];
+        }
+    }
+    let mut four = [[0f32; 8]; 2];
+    for n in 0..2 {
+        for i in 0..4 {
+            four[n][i] = eight[2 * n][i] + eight[2 * n][i + 4];
+            four[n][i + 4] = eight[2 * n + 1][i] + eight[2 * n + 1][i + 4];
+        }
+    }
+    let mut two = [0f32; 8];
+    for n in 0..4 {
+        for i in 0..2 {
+            let at = n % 2 * 4 + i;
+            two[2 * n + i] = four[n / 2][at] + four[n / 2][at + 2];
+        }
+    }
+    [two[0] + two[1], two[2] + two[3], two[4] + two[5], two[6] + two[7]]
 }
 
 /// Elements of a row of the output that stay in registers while all values are added.
@@ -333,7 +354,7 @@ pub(super) fn add_weighted<const FMA: bool, T: Copy + Default>(
     out: &mut [f32],
     weights: Rows<'_>,
     values: &[T],
-    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES] + Copy,
 ) {
     let (dim, mut r) = (out.len() / weights.rows, 0);
     while r < weights.rows {
@@ -341,15 +362,15 @@ pub(super) fn add_weighted<const FMA: bool, T: Copy + Default>(
         let out = &mut out[r * dim..][..rows * dim];
         for c in (0..dim / KEPT * KEPT).step_by(KEPT) {
             match rows {
-                3 => some_weighted::<FMA, T, 3>(out, dim, c, weights, r, values, &load),
-                2 => some_weighted::<FMA, T, 2>(out, dim, c, weights, r, values, &load),
-                _ => some_weighted::<FMA, T, 1>(out, dim, c, weights, r, values, &load),
+                3 => some_weighted::<FMA, T, 3>(out, dim, c, weights, r, values, load),
+                2 => some_weighted::<FMA, T, 2>(out, dim, c, weights, r, values, load),
+                _ => some_weighted::<FMA, T, 1>(out, dim, c, weights, r, values, load),
             }
         }
         let first = dim / KEPT * KEPT;
         if first < dim {
             for (i, out) in out.chunks_exact_mut(dim).enumerate() {
-                weighted_tail::<FMA, T>(&mut out[first..], (dim, first), weights.row(r + i), values, &load);
+                weighted_tail::<FMA, T>(&mut out[first..], (dim, first), weights.row(r + i), values, load);
             }
         }
         r += rows;
@@ -365,7 +386,7 @@ fn some_weighted<const FMA: bool, T: Copy + Default, const R: usize>(
     weights: Rows<'_>,
     r: usize,
     values: &[T],
-    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES] + Copy,
 ) {
     let mut sums = [[0f32; KEPT]; R];
     for (k, sums) in sums.iter_mut().enumerate() {
@@ -396,7 +417,7 @@ fn weighted_tail<const FMA: bool, T: Copy + Default>(
     (dim, first): (usize, usize),
     weights: &[f32],
     values: &[T],
-    load: impl Fn(&[T; LANES]) -> [f32; LANES],
+    load: impl Fn(&[T; LANES]) -> [f32; LANES] + Copy,
 ) {
     for (i, &w) in weights.iter().enumerate() {
         let value = &values[i * dim + first..][..tail.len()];
