@@ -61,8 +61,11 @@ fn together(
     for t in 0..TOKENS {
         let tokens: Vec<[u32; 1]> = which.iter().map(|&i| [token(i, t)]).collect();
         let step = FfnStep::Governed { index: t };
-        let mut parts: Vec<Part<'_>> =
-            sequences.iter_mut().zip(&tokens).map(|(sequence, tokens)| Part { sequence, tokens, step }).collect();
+        let mut parts: Vec<Part<'_>> = sequences
+            .iter_mut()
+            .zip(&tokens)
+            .map(|(sequence, tokens)| Part { sequence, tokens, step })
+            .collect();
         model.forward_parts(on, &mut buffers, &mut parts).unwrap();
         let mut out = vec![0.0; which.len() * WIDE.vocab];
         model.logits_of_parts(on, &mut buffers, 0..which.len(), &mut out);
@@ -146,7 +149,8 @@ fn a_prompt_may_share_a_step_with_single_tokens() {
     };
     let (a, b, c, d): (&[u32], &[u32], &[u32], &[u32]) = (&[7], &[1, 2, 3, 4, 5], &[9], &[11]);
     let all = step(&[(0, a), (1, b), (2, c), (3, d)]);
-    let each: Vec<u32> = [(0, a), (1, b), (2, c), (3, d)].into_iter().flat_map(|part| step(&[part])).collect();
+    let each: Vec<u32> =
+        [(0, a), (1, b), (2, c), (3, d)].into_iter().flat_map(|part| step(&[part])).collect();
     assert!(all == each);
 }
 

@@ -114,7 +114,10 @@ fn a_run_cut_short_anywhere_and_resumed_gives_the_same_table_and_rows() {
         fs::write(bench.path("cut.jsonl"), &bytes[..cut]).unwrap();
         assert_eq!(bench.table(&format!("{QA} --out cut.jsonl --resume")), whole, "cut at {cut}");
         // Rows come as answers are complete, which depends on what is still to be answered.
-        assert!(sorted_rows(&fs::read(bench.path("cut.jsonl")).unwrap()) == sorted_rows(&bytes), "cut at {cut}");
+        assert!(
+            sorted_rows(&fs::read(bench.path("cut.jsonl")).unwrap()) == sorted_rows(&bytes),
+            "cut at {cut}"
+        );
     }
     let again = bench.eval(&format!("{QA} --out whole.jsonl"));
     assert!(!again.status.success(), "results must not be mixed without --resume");

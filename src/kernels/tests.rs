@@ -464,7 +464,9 @@ fn attention_products_equal_exact_ones() {
 fn attention_products_of_several_rows_are_those_of_each() {
     let mut rng = Rng(37);
     for k in kernels_under_test().into_iter().chain([scalar()]) {
-        for (rows, dim, n) in [(1, 64, 9), (2, 64, 7), (3, 128, 4), (4, 80, 6), (6, 64, 5), (7, 20, 5), (3, 64, 0)] {
+        for (rows, dim, n) in
+            [(1, 64, 9), (2, 64, 7), (3, 128, 4), (4, 80, 6), (6, 64, 5), (7, 20, 5), (3, 64, 0)]
+        {
             let stride = n + 3;
             let (q, w) = (rng.floats(rows * dim), rng.floats(rows * stride));
             let half: Vec<u16> =

@@ -28,7 +28,9 @@ pub use state::State;
 
 use crate::gguf::Gguf;
 use crate::ops::Compute;
-use crate::skip::{Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
+use crate::skip::{
+    Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy,
+};
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
 

@@ -36,12 +36,7 @@ impl<'e> Batch<'e> {
     }
 
     /// An empty sequence under the policy of `skip`.
-    pub fn sequence(
-        &self,
-        context: usize,
-        kv: KvType,
-        skip: &SkipOptions,
-    ) -> Result<Sequence, SessionError> {
+    pub fn sequence(&self, context: usize, kv: KvType, skip: &SkipOptions) -> Result<Sequence, SessionError> {
         let policy = self.engine.model.policy(skip).map_err(ModelError::from)?;
         Ok(Sequence::new(&self.engine.model, context, kv, policy))
     }
@@ -136,7 +131,8 @@ impl Lane<'_> {
         self.sampler.accept(self.next);
         let mut piece = self.writer.take(self.next);
         let full = self.sequence.position() >= self.sequence.context();
-        let out_of = if self.writer.remaining == 0 { Some(End::Length) } else { full.then_some(End::ContextFull) };
+        let out_of =
+            if self.writer.remaining == 0 { Some(End::Length) } else { full.then_some(End::ContextFull) };
         if let Some(end) = out_of.filter(|_| self.writer.end.is_none()) {
             // The token is the last one: what is held back after it is part of its piece.
             let rest = self.writer.finish(end, Some(self.next)).map_or(String::new(), |rest| rest.text);

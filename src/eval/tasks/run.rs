@@ -180,12 +180,7 @@ impl<'e> Runner<'e> {
         }
     }
 
-    fn case<'a>(
-        &mut self,
-        item: &'a Item,
-        full: Option<Record>,
-        open: usize,
-    ) -> Result<Case<'a>, TaskError> {
+    fn case<'a>(&mut self, item: &'a Item, full: Option<Record>, open: usize) -> Result<Case<'a>, TaskError> {
         let prompt = self.prompt(item, &[])?;
         let before = &prompt[..prompt.len() - 1];
         let preamble = Held { tokens: Vec::new(), sequence: self.empty()? };
@@ -303,9 +298,8 @@ impl<'e> Runner<'e> {
         contenders: &[Contender],
         answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
     ) -> Result<(), TaskError> {
-        let awaits = contender.policy != "off"
-            && case.full.is_none()
-            && contenders.iter().any(|c| c.policy == "off");
+        let awaits =
+            contender.policy != "off" && case.full.is_none() && contenders.iter().any(|c| c.policy == "off");
         if awaits {
             case.waiting.push((contender, record));
             return Ok(());
