@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::forward::observe;
 use super::{FfnStep, Layer, Model, ModelError, State};
 use crate::kernels::ColumnList;
-use crate::kernels::columns::touched;
 use crate::ops::{
     COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
     matmul_columns, rms_norm_then, swiglu_columns,
@@ -332,7 +331,7 @@ fn count(on: Compute<'_>, layout: Option<&ColumnLayout>, x: &Inputs, to: &mut [[
     let Some(group_len) = layout.map(|l| l.group_len()) else { return };
     on.team.for_plain_tiles(to, 1, (16, 1), |mut tile| {
         for r in tile.rows() {
-            tile.row(r)[0][side] = touched(x.quantised(r), group_len);
+            tile.row(r)[0][side] = x.touched(r, group_len);
         }
     });
 }
