@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use super::activations::BLOCK;
 use super::{Kernels, Q8Row};
 use crate::quant::columns::{Codes, ColumnStrip, STRIP, Touched};
 use crate::quant::zero_point;
@@ -123,6 +124,23 @@ pub fn touched(x: Q8Row<'_>, group_len: usize) -> Touched {
         match nonzero(q) {
             0 => {}
             mask => touched.add(mask),
+        }
+    }
+    touched
+}
+
+/// [`touched`] for values that are not quantised yet: those that would not become zero.
+pub fn touched_values(values: &[f32], group_len: usize) -> Touched {
+    let mut touched = Touched::default();
+    for block in values.chunks(BLOCK) {
+        let max = block.iter().fold(0f32, |max, v| max.max(v.abs()));
+        for group in block.chunks(group_len) {
+            // Half a step is rounded to zero: see `scalar::quantize`.
+            let chosen = group.iter().enumerate().filter(|(_, v)| v.abs() * 254.0 > max && max > 1e-30);
+            match chosen.fold(0u32, |mask, (i, _)| mask | 1 << i) {
+                0 => {}
+                mask => touched.add(mask),
+            }
         }
     }
     touched

@@ -31,6 +31,7 @@ mod peak;
 mod scalar;
 #[cfg(test)]
 mod tests;
+pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -58,6 +59,8 @@ struct Functions {
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
     columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32]),
     float: &'static float::Functions,
+    /// Those of a matrix unit, for many tokens in place of `gemm`.
+    tiles: Option<&'static tiles::Functions>,
 }
 
 /// A row of the kernel table.
@@ -70,6 +73,8 @@ struct Isa {
 
 /// Every instruction set of this architecture, best first; `scalar` is last and always there.
 const TABLE: &[&Isa] = &[
+    #[cfg(target_arch = "x86_64")]
+    &x86::amx::ISA,
     #[cfg(target_arch = "x86_64")]
     &x86::avx512vnni::ISA,
     #[cfg(target_arch = "x86_64")]

@@ -17,6 +17,7 @@ pub(super) static ISA: Isa = Isa {
         gemm,
         columns: super::columns::scalar,
         float: &float::PORTABLE,
+        tiles: None,
     },
 };
 

@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::forward::observe;
 use super::{Buffers, Layer, Model, ModelError, Part};
 use crate::kernels::ColumnList;
-use crate::kernels::columns::touched;
 use crate::ops::{
     COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
     matmul_columns, rms_norm_then, swiglu_columns,
@@ -250,7 +249,7 @@ impl PreparedCut {
     ) {
         let (bias, side, n, ffn) =
             (&self.gate_up_base[..], &self.plan.inner, x.rows(), layer.ffn.gate.rows());
-        if let Some(c) = self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
+        if let Some(c) = self.columns.as_ref().filter(|_| n <= COLUMN_ROWS && !x.are_many()) {
             x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
             let (lists, out) = (&s.inputs[..n], inner.values_mut());
             swiglu_columns(on, &c.gate, &c.up, lists, bias, out, &mut s.sums, |i, first, inner| {
@@ -283,7 +282,7 @@ impl PreparedCut {
         out: &mut [f32],
     ) {
         let (bias, n) = (&self.down_base, x.rows());
-        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
+        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS && !x.are_many()) {
             Some(c) => {
                 x.choose_columns(c.down.layout().group_len(), &mut s.inner);
                 matmul_columns(on, &[&c.down], &s.inner[..n], bias, out, &mut s.sums);
@@ -331,7 +330,7 @@ fn count(on: Compute<'_>, layout: Option<&ColumnLayout>, x: &Inputs, to: &mut [[
     let Some(group_len) = layout.map(|l| l.group_len()) else { return };
     on.team.for_plain_tiles(to, 1, (16, 1), |mut tile| {
         for r in tile.rows() {
-            tile.row(r)[0][side] = touched(x.quantised(r), group_len);
+            tile.row(r)[0][side] = x.touched(r, group_len);
         }
     });
 }

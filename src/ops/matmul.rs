@@ -7,6 +7,7 @@
 
 use super::{Compute, Inputs};
 use crate::gguf::GgmlType;
+use crate::kernels::tiles::{TILE, TilePanel, chunk_cols};
 use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel};
 use crate::quant::{self, Matrix};
 use crate::threads::Tile;
@@ -42,6 +43,7 @@ pub enum Epilogue<'a> {
 #[derive(Default)]
 pub struct MatmulScratch {
     panel: Panel,
+    tiles: TilePanel,
     acc: Vec<f32>,
     up: Vec<f32>,
     wide: Vec<f32>,
@@ -51,7 +53,7 @@ impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
         let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
-        Self { panel: Panel::default(), acc: vec![0.0; n], up: vec![0.0; n], wide: Vec::new() }
+        Self { acc: vec![0.0; n], up: vec![0.0; n], ..Self::default() }
     }
 }
 
@@ -171,12 +173,13 @@ fn product(
 ) {
     let (n, stride) = (rows.len(), acc_stride(x, rows.len()));
     let terms = 1 + usize::from(x.two_terms);
-    if scratch.acc.len() < terms * x.rows * stride {
-        scratch.acc.resize(terms * x.rows * stride, 0.0);
-        scratch.up.resize(terms * x.rows * stride, 0.0);
+    let acc_rows = if x.in_tiles { x.rows.next_multiple_of(TILE) } else { terms * x.rows };
+    if scratch.acc.len() < acc_rows * stride {
+        scratch.acc.resize(acc_rows * stride, 0.0);
+        scratch.up.resize(acc_rows * stride, 0.0);
     }
     let weights = w.rows(rows);
-    let acc = &mut scratch.acc[..terms * x.rows * stride];
+    let acc = &mut scratch.acc[..acc_rows * stride];
     match (quant::is_quantised(w.ty()), x.are_many()) {
         (true, false) => {
             // Both terms of refined inputs in one pass over the weights.
@@ -190,6 +193,16 @@ fn product(
             for (x, acc) in x.values().chunks_exact(x.cols).zip(acc.chunks_exact_mut(n)) {
                 on.kernels.dot_float(w.ty(), weights, x, acc);
             }
+        }
+        (true, true) if x.in_tiles => {
+            acc.fill(0.0);
+            let step = chunk_cols(x.cols);
+            for (chunk, from) in (0..x.cols).step_by(step).enumerate() {
+                let cols = from..(from + step).min(x.cols);
+                on.kernels.unpack_tiles(w.ty(), weights, w.row_bytes(), cols, &mut scratch.tiles);
+                on.kernels.multiply_tiles(&scratch.tiles, &x.tiles, chunk, acc);
+            }
+            on.kernels.turn_tiles(acc);
         }
         (true, true) => {
             let acc = &mut acc[..x.rows * stride];

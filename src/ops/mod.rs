@@ -14,8 +14,11 @@ pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 
-use crate::kernels::{Activations, ColumnList, Kernels, Q8Row};
+use crate::kernels::columns::{touched, touched_values};
+use crate::kernels::tiles::{TILE, TileInputs};
+use crate::kernels::{Activations, ColumnList, Kernels};
 use crate::memory::Pages;
+use crate::quant::columns::Touched;
 use crate::threads::Team;
 
 /// What every operation needs: who does the work, and with which instructions.
@@ -29,7 +32,7 @@ pub struct Compute<'a> {
 /// Columns that [`Inputs::refine`] holds at a time: a multiple of the padding of activations.
 const REFINE_COLS: usize = 1024;
 
-/// Rows of activations in both forms that matrices are multiplied with.
+/// Rows of activations in the forms that matrices are multiplied with.
 #[derive(Default)]
 pub struct Inputs {
     rows: usize,
@@ -39,6 +42,9 @@ pub struct Inputs {
     q8: Activations,
     two_terms: bool,
     by_panels: bool,
+    /// In place of `q8` if `in_tiles`.
+    tiles: TileInputs,
+    in_tiles: bool,
 }
 
 impl Inputs {
@@ -64,13 +70,13 @@ impl Inputs {
     }
 
     /// Whether unpacking panels of a matrix pays, or was asked for.
-    fn are_many(&self) -> bool {
+    pub fn are_many(&self) -> bool {
         self.by_panels || self.rows >= GEMM_ROWS
     }
 
     /// Makes this `rows x cols`; the contents are to be written anew.
     pub fn reshape(&mut self, rows: usize, cols: usize) {
-        (self.rows, self.cols, self.two_terms) = (rows, cols, false);
+        (self.rows, self.cols, self.two_terms, self.in_tiles) = (rows, cols, false, false);
         self.f32.reserve(rows * cols);
         self.q8.reshape(rows, cols);
     }
@@ -95,9 +101,12 @@ impl Inputs {
         &mut self.f32[..self.rows * self.cols]
     }
 
-    /// Row `row`, quantised.
-    pub fn quantised(&self, row: usize) -> Q8Row<'_> {
-        self.q8.row(row)
+    /// What a product of row `row` by its columns that are not zero would touch.
+    pub fn touched(&self, row: usize, group_len: usize) -> Touched {
+        if self.in_tiles {
+            return touched_values(&self.values()[row * self.cols..][..self.cols], group_len);
+        }
+        touched(self.q8.row(row), group_len)
     }
 
     /// For each row the columns that are not zero, for matrices with groups of `group_len` columns.
@@ -113,9 +122,12 @@ impl Inputs {
     }
 
     /// Adds a second term of 8 bits that holds what quantisation left over, so that products are as
-    /// exact as with 15 bits, at twice the arithmetic and the same weight bytes.
+    /// exact as with 15 bits, at twice the arithmetic and the same weight bytes. Tiles are as exact already.
     pub fn refine(&mut self, on: Compute<'_>) {
         assert!(!self.two_terms, "refined already");
+        if self.in_tiles {
+            return;
+        }
         self.q8.add_rows(self.rows);
         self.two_terms = true;
         let mut left = [0f32; REFINE_COLS];
@@ -133,6 +145,9 @@ impl Inputs {
     /// Writes each row with `write(row, values)` and quantises it.
     pub fn fill(&mut self, on: Compute<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
         let (rows, cols) = (self.rows, self.cols);
+        if self.are_many() && on.kernels.has_tiles() {
+            return self.fill_tiles(on, write);
+        }
         if rows == 1 {
             // Decoding: not worth waking anybody, and nothing is allocated.
             let values = &mut self.f32[..cols];
@@ -147,6 +162,25 @@ impl Inputs {
                 if let Some((values, q8)) = tile.row(r)[0].take() {
                     write(r, values);
                     on.kernels.quantize(values, q8);
+                }
+            }
+        });
+    }
+
+    /// [`fill`](Self::fill) for a matrix unit.
+    fn fill_tiles(&mut self, on: Compute<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
+        let (rows, cols) = (self.rows, self.cols);
+        self.in_tiles = true;
+        self.tiles.reshape(rows, cols);
+        let values = self.f32[..rows * cols].chunks_mut(TILE * cols);
+        let mut views: Vec<_> = values.zip(self.tiles.groups_mut()).map(Some).collect();
+        on.team.for_plain_tiles(&mut views, 1, (1, 1), |mut tile| {
+            for group in tile.rows() {
+                if let Some((values, tiles)) = tile.row(group)[0].take() {
+                    for (i, values) in values.chunks_exact_mut(cols).enumerate() {
+                        write(group * TILE + i, values);
+                    }
+                    on.kernels.pack_tiles(values, tiles);
                 }
             }
         });

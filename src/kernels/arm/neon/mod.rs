@@ -27,6 +27,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns: crate::kernels::columns::scalar,
         float: &FLOAT,
+        tiles: None,
     },
 };
 

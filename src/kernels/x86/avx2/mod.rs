@@ -30,6 +30,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &FLOAT,
+        tiles: None,
     },
 };
 

@@ -38,9 +38,10 @@ pub(super) fn interleave(plain: &[u8], cols: usize, q: &mut [u8]) {
     }
 }
 
+/// Rows for columns.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transpose16(z: [__m512i; 16]) -> [__m512i; 16] {
+pub(in crate::kernels::x86) fn transpose16(z: [__m512i; 16]) -> [__m512i; 16] {
     // Pairs of elements, then pairs of pairs, inside each 128-bit lane; then the lanes.
     let mut a = [_mm512_setzero_si512(); 16];
     for i in 0..8 {

@@ -5,6 +5,8 @@ mod columns;
 mod dot;
 mod gemm;
 
+pub(super) use gemm::transpose16;
+
 use std::arch::x86_64::*;
 
 use crate::kernels::float::instantiate;
@@ -32,6 +34,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm: gemm::gemm,
         columns: columns::columns,
         float: &FLOAT,
+        tiles: None,
     },
 };
 

@@ -22,6 +22,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &avx2::FLOAT,
+        tiles: None,
     },
 };
 
@@ -83,6 +84,7 @@ pub(in crate::kernels) mod evex {
             gemm,
             columns,
             float: &avx2::FLOAT,
+            tiles: None,
         },
     };
 

@@ -1,0 +1,171 @@
+//! Panels of weights times tiles of activations.
+
+use std::arch::asm;
+use std::arch::x86_64::*;
+
+use crate::kernels::PANEL_ROWS;
+use crate::kernels::tiles::{TILE, Tile, TileInputs, TilePanel};
+use crate::kernels::x86::avx512vnni::transpose16;
+
+/// Sums of products of 32 rows by 16 tokens: `[high high, high low, low high][row][token]`.
+#[repr(C, align(64))]
+struct Sums([[[i32; TILE]; PANEL_ROWS]; 3]);
+
+/// See `Kernels::multiply_tiles`, which asserts the lengths.
+///
+/// The unit works beside the vector ports, so while it adds up a group of tokens, the sums of the group before get
+/// their scales: a few rows after each step, because the CPU looks no further ahead than a few hundred instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mut [f32]) {
+    // SAFETY: `Kernels::multiply_tiles`, the only caller, has a handle of this ISA.
+    unsafe { super::configure() };
+    let mut sums = Sums([[[0; TILE]; PANEL_ROWS]; 3]);
+    let steps = panel.steps();
+    let rows_a_step = PANEL_ROWS.div_ceil(steps);
+    let mut before: Option<(&mut [f32], &[f32; TILE])> = None;
+    for (group, acc) in acc.chunks_exact_mut(TILE * PANEL_ROWS).enumerate() {
+        let (tiles, scale) = x.part(group, chunk);
+        assert!(tiles.len() == 2 * steps && 4 * steps <= panel.tiles.len());
+        // SAFETY: the thread's tiles have their shapes.
+        unsafe { zero() };
+        for (s, x) in tiles.chunks_exact(2).enumerate() {
+            let w = &panel.tiles[4 * s..4 * s + 4];
+            // SAFETY: as above; four tiles of weights and two of activations follow the pointers.
+            unsafe { step(w.as_ptr(), x.as_ptr()) };
+            if let Some((acc, scale)) = &mut before {
+                let first = s * rows_a_step;
+                for row in first..(first + rows_a_step).min(PANEL_ROWS) {
+                    add_row(&sums, panel, scale, row, acc);
+                }
+            }
+        }
+        // SAFETY: as above; `sums` has room for six tiles.
+        unsafe { store(&mut sums) };
+        before = Some((acc, scale));
+    }
+    if let Some((acc, scale)) = before {
+        for row in 0..PANEL_ROWS {
+            add_row(&sums, panel, scale, row, acc);
+        }
+    }
+}
+
+/// Sums of nothing.
+///
+/// # Safety
+/// * The CPU has AMX, and this thread's tiles are configured.
+#[inline(always)]
+unsafe fn zero() {
+    // SAFETY: as the caller says; only tiles are changed.
+    unsafe {
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            options(nostack, preserves_flags, nomem),
+        );
+    }
+}
+
+/// Adds the products of 64 columns: `tmm0, tmm1` those of high bytes with high bytes, `tmm2, tmm3` of high bytes of weights
+/// with low ones of activations, `tmm4, tmm5` of low with high.
+///
+/// Six sums, although two tiles less to load would do with four: a product takes 52 cycles and begins every 16, so a
+/// tile must not be added to again before three others were.
+///
+/// # Safety
+/// * The CPU has AMX, and this thread's tiles are configured.
+/// * Four tiles may be read at `w`, two at `x`.
+#[inline(always)]
+unsafe fn step(w: *const Tile, x: *const Tile) {
+    // SAFETY: as the caller says.
+    unsafe {
+        asm!(
+            "tileloadd tmm6, [{x} + {stride}*1]",
+            "tileloadd tmm7, [{w} + {stride}*1]",
+            "tdpbssd tmm0, tmm7, tmm6",
+            "tileloadd tmm7, [{w} + {stride}*1 + 1024]",
+            "tdpbssd tmm1, tmm7, tmm6",
+            "tileloadd tmm7, [{w} + {stride}*1 + 2048]",
+            "tdpbssd tmm4, tmm7, tmm6",
+            "tileloadd tmm7, [{w} + {stride}*1 + 3072]",
+            "tdpbssd tmm5, tmm7, tmm6",
+            "tileloadd tmm6, [{x} + {stride}*1 + 1024]",
+            "tileloadd tmm7, [{w} + {stride}*1]",
+            "tdpbssd tmm2, tmm7, tmm6",
+            "tileloadd tmm7, [{w} + {stride}*1 + 1024]",
+            "tdpbssd tmm3, tmm7, tmm6",
+            w = in(reg) w,
+            x = in(reg) x,
+            stride = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+}
+
+/// Writes the sums.
+///
+/// # Safety
+/// * The CPU has AMX, and this thread's tiles are configured.
+#[inline(always)]
+unsafe fn store(sums: &mut Sums) {
+    // SAFETY: as the caller says; six tiles of 1024 bytes fit `sums`.
+    unsafe {
+        asm!(
+            "tilestored [{sums} + {stride}*1], tmm0",
+            "tilestored [{sums} + {stride}*1 + 1024], tmm1",
+            "tilestored [{sums} + {stride}*1 + 2048], tmm2",
+            "tilestored [{sums} + {stride}*1 + 3072], tmm3",
+            "tilestored [{sums} + {stride}*1 + 4096], tmm4",
+            "tilestored [{sums} + {stride}*1 + 5120], tmm5",
+            sums = in(reg) &raw mut *sums,
+            stride = in(reg) 64usize,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Adds a row's sums, times their scales, to those of the chunks before.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn add_row(sums: &Sums, panel: &TilePanel, scale: &[f32; TILE], row: usize, acc: &mut [f32]) {
+    let acc: &mut [f32; TILE] = acc[row * TILE..].first_chunk_mut().expect("16 tokens a row");
+    let load = |at: &[i32; TILE]| {
+        // SAFETY: 64 readable bytes.
+        unsafe { _mm512_loadu_si512(at.as_ptr().cast()) }
+    };
+    let [high, mid, mid2] = [load(&sums.0[0][row]), load(&sums.0[1][row]), load(&sums.0[2][row])];
+    // At most 512 * 127 * 127 * 256 and 2 * 512 * 127 * 128: together below 2^31.
+    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), _mm512_add_epi32(mid, mid2));
+    // SAFETY: 64 readable bytes each.
+    let (scale, old) = unsafe { (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(acc.as_ptr())) };
+    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(panel.scale[row]));
+    let new = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, old);
+    // SAFETY: 64 writable bytes.
+    unsafe { _mm512_storeu_ps(acc.as_mut_ptr(), new) };
+}
+
+/// See `Kernels::turn_tiles`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+pub(super) fn turn(acc: &mut [f32]) {
+    for acc in acc.as_chunks_mut::<{ TILE * PANEL_ROWS }>().0 {
+        let mut halves = [[_mm512_setzero_si512(); TILE]; 2];
+        for (h, half) in halves.iter_mut().enumerate() {
+            for (r, row) in half.iter_mut().enumerate() {
+                let at: &[f32; TILE] = acc[(h * TILE + r) * TILE..].first_chunk().expect("16 tokens a row");
+                // SAFETY: 64 readable bytes.
+                *row = unsafe { _mm512_loadu_si512(at.as_ptr().cast()) };
+            }
+            *half = transpose16(*half);
+        }
+        for (h, half) in halves.into_iter().enumerate() {
+            for (t, rows) in half.into_iter().enumerate() {
+                let at: &mut [f32; TILE] =
+                    acc[t * PANEL_ROWS + h * TILE..].first_chunk_mut().expect("32 rows a token");
+                // SAFETY: 64 writable bytes.
+                unsafe { _mm512_storeu_si512(at.as_mut_ptr().cast(), rows) };
+            }
+        }
+    }
+}
