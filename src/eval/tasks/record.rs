@@ -48,7 +48,7 @@ pub struct Record {
     pub skipped: f64,
     /// Share of FFN weight bytes left unread.
     pub bytes_skipped: f64,
-    /// `skipped`, by layer.
+    /// `bytes_skipped`, by layer.
     pub by_layer: Vec<f64>,
     /// Values of the task's measures.
     pub scores: BTreeMap<String, f64>,

@@ -283,9 +283,10 @@ impl<'e> Runner<'e> {
         record.task = self.settings.task.name().into();
         (record.policy, record.strength) = (contender.policy.clone(), contender.strength.clone());
         (record.item, record.group) = (item.id.clone(), item.group.clone());
+        let bytes = |layer: usize| layers[layer].ffn.bytes() as u64;
         record.skipped = stats.share();
-        record.bytes_skipped = stats.weighted_share(|layer| layers[layer].ffn.bytes() as u64);
-        record.by_layer = stats.share_by_layer();
+        record.bytes_skipped = stats.weighted_share(bytes);
+        record.by_layer = stats.weighted_share_by_layer(bytes);
         (record, None)
     }
 
