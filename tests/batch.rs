@@ -182,6 +182,68 @@ fn a_copied_prefix_is_as_good_as_evaluating_it() {
     }
 }
 
+/// Sequences that begin alike and hold that once: what each gives does not tell, whatever happens to it next.
+#[test]
+fn a_shared_prefix_is_as_good_as_one_of_its_own() {
+    let model = ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap();
+    let team = Team::new(2).unwrap();
+    let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+    let prompt: Vec<u32> = (0..300).map(|i| (i * 7 % WIDE.vocab) as u32).collect();
+    for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
+        let mut buffers = Buffers::new(&model, &team, 512, Products::AsForMany);
+        let mut step = |sequences: &mut [Sequence], tokens: &[u32]| {
+            let parts = sequences.iter_mut();
+            let mut parts: Vec<_> =
+                parts.map(|sequence| Part { sequence, tokens, step: FfnStep::Full }).collect();
+            model.forward_parts(on, &mut buffers, &mut parts).unwrap();
+            let n = buffers.rows();
+            let mut out = vec![0.0; n * WIDE.vocab];
+            model.logits_of_parts(on, &mut buffers, 0..n, &mut out);
+            bits(&out)
+        };
+        let new = || Sequence::new(&model, 400, kv, policy(0));
+        let mut whole = new();
+        step(std::slice::from_mut(&mut whole), &prompt);
+        let cache = {
+            let mut sequence = new();
+            sequence.copy_prefix(&whole, 300);
+            sequence.into_kv()
+        };
+        let pair = |positions: usize| {
+            let (mut own, mut shared) = (new(), new());
+            own.copy_prefix(&whole, positions);
+            shared.share_prefix(&cache, positions);
+            (own, shared)
+        };
+        for positions in [5, 127, 128, 200, 256, 300] {
+            let (own, shared) = pair(positions);
+            let mut both = [own, shared];
+            for t in 0..3 {
+                let logits = step(&mut both, &[9 + t]);
+                assert!(logits[..WIDE.vocab] == logits[WIDE.vocab..], "{kv:?} {positions}");
+            }
+            // A prompt after it, then back into what is shared, and over it.
+            for (tokens, back) in [(20, 290), (3, 130), (40, 128), (2, 60), (30, 0), (5, 5)] {
+                let logits = step(&mut both, &prompt[..tokens]);
+                assert!(logits[..logits.len() / 2] == logits[logits.len() / 2..], "{kv:?} {positions} {back}");
+                both.iter_mut().for_each(|s| s.truncate(back));
+            }
+        }
+        let (own, shared) = pair(300);
+        let mut both = [own, shared];
+        both.iter_mut().for_each(|s| s.shift(&model, on, 4, 50));
+        let logits = step(&mut both, &[3]);
+        assert!(logits[..WIDE.vocab] == logits[WIDE.vocab..], "{kv:?} shifted");
+        // A copy of a sequence that shares.
+        let (_, shared) = pair(200);
+        let (own, mut copy) = (pair(150).0, new());
+        copy.copy_prefix(&shared, 150);
+        let logits = step(&mut [own, copy], &[3]);
+        assert!(logits[..WIDE.vocab] == logits[WIDE.vocab..], "{kv:?} copied");
+        assert!(step(std::slice::from_mut(&mut whole), &[3]) != logits[..WIDE.vocab]);
+    }
+}
+
 #[test]
 fn a_part_that_does_not_fit_leaves_all_as_they_were() {
     let model = ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap();

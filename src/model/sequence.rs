@@ -1,5 +1,7 @@
 //! What a sequence has of its own: cache, position, skipping. Steps take any number of them.
 
+use std::sync::Arc;
+
 use super::{KvCache, KvType, Model, ModelError};
 use crate::ops::attention::{CacheTile, Seen};
 use crate::ops::{Compute, RopeTable};
@@ -102,7 +104,10 @@ impl Sequence {
 
     /// Forgets all tokens from `position` on: the next step continues there.
     pub fn truncate(&mut self, position: usize) {
-        self.position = self.position.min(position);
+        if position < self.position {
+            self.kv.truncate(position);
+            self.position = position;
+        }
         if self.position == 0 {
             self.policy.reset();
         }
@@ -120,6 +125,19 @@ impl Sequence {
         self.policy.reset();
     }
 
+    /// [`copy_prefix`](Self::copy_prefix) from the cache of a sequence that is [done](Self::into_kv), and most of it is
+    /// not copied: attention reads what sequences share from one place, which stays in the caches of the CPU.
+    pub fn share_prefix(&mut self, cache: &Arc<KvCache>, positions: usize) {
+        self.kv.share_prefix(cache, positions);
+        self.position = positions;
+        self.policy.reset();
+    }
+
+    /// The cache, for others to [share](Self::share_prefix).
+    pub fn into_kv(self) -> Arc<KvCache> {
+        Arc::new(self.kv)
+    }
+
     /// Drops positions `keep..keep + drop` and moves the later ones down, their keys turned back to
     /// the new positions (as llama.cpp's context shift does).
     pub fn shift(&mut self, model: &Model, on: Compute<'_>, keep: usize, drop: usize) {
@@ -127,6 +145,7 @@ impl Sequence {
         if drop == 0 || keep + drop > end {
             return;
         }
+        self.kv.own(end);
         let config = model.config();
         let frequencies: Vec<f32> = model.rope_frequencies.iter().map(|f| -f).collect();
         let mut back = RopeTable::default();
@@ -187,7 +206,7 @@ impl Part<'_> {
     }
 
     /// What the part's tokens look back on in `layer`.
-    pub(super) fn seen(&self, layer: usize) -> Seen<'_, impl CacheTile> {
+    pub(super) fn seen(&self, layer: usize) -> Seen<impl CacheTile + Copy> {
         let (keys, values) = self.sequence.kv.layer(layer);
         Seen { keys, values, first: self.sequence.position, rows: self.tokens.len() }
     }

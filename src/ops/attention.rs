@@ -11,7 +11,6 @@ use super::Compute;
 use crate::kernels::Kernels;
 use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
-use crate::threads::Tile;
 
 /// Positions of a tile: its keys and values stay in the L2 cache.
 pub const TILE: usize = 128;
@@ -53,9 +52,9 @@ pub struct Shape {
 /// What some rows of a step look back on: the keys and values of their sequence.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
-pub struct Seen<'a, C> {
-    pub keys: &'a C,
-    pub values: &'a C,
+pub struct Seen<C> {
+    pub keys: C,
+    pub values: C,
     /// Position of the first row.
     pub first: usize,
     /// Number of rows, at positions one after the other.
@@ -96,11 +95,11 @@ impl AttentionScratch {
 ///
 /// `q` holds rows of `q_stride` of which the first `heads * head_dim` are the queries; `out` rows of
 /// `heads * head_dim`. `seen` says of all rows, in order, to which sequence they belong.
-pub fn attention<C: CacheTile>(
+pub fn attention<C: CacheTile + Copy>(
     on: Compute<'_>,
     shape: Shape,
     (q, q_stride): (&[f32], usize),
-    seen: &[Seen<'_, C>],
+    seen: &[Seen<C>],
     out: &mut [f32],
     scratch: &mut [AttentionScratch],
 ) {
@@ -117,11 +116,11 @@ pub fn attention<C: CacheTile>(
     }
 }
 
-fn one_sequence<C: CacheTile>(
+fn one_sequence<C: CacheTile + Copy>(
     on: Compute<'_>,
     shape: Shape,
     q: (&[f32], usize),
-    seen: &Seen<'_, C>,
+    seen: &Seen<C>,
     out: &mut [f32],
     scratch: &mut [AttentionScratch],
 ) {
@@ -131,28 +130,38 @@ fn one_sequence<C: CacheTile>(
     // With few key/value heads for the threads, the heads of a group go to different ones.
     let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
     let chunk_heads = if split { 1 } else { group };
-    on.team.for_tiles(out, heads * head_dim, (tokens, chunk_heads * head_dim), scratch, |scratch, tile| {
+    let n = chunk_heads * head_dim;
+    on.team.for_tiles(out, heads * head_dim, (tokens, n), scratch, |scratch, mut tile| {
         let head = tile.cols().start / head_dim;
         let (tokens, in_place) = (tile.rows(), rows <= MAX_ALONE);
         let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens, in_place };
-        block.run_tile(on.kernels, q, seen, scratch, tile);
+        block.run(on.kernels, q, &seen.keys, &seen.values, scratch);
+        for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
+            tile.row(t).copy_from_slice(out);
+        }
     });
 }
 
-fn one_row_each<C: CacheTile>(
+fn one_row_each<C: CacheTile + Copy>(
     on: Compute<'_>,
     shape: Shape,
     (q, q_stride): (&[f32], usize),
-    seen: &[Seen<'_, C>],
+    seen: &[Seen<C>],
     out: &mut [f32],
     scratch: &mut [AttentionScratch],
 ) {
     let Shape { heads, kv_heads, head_dim } = shape;
-    let group = heads / kv_heads;
-    on.team.for_tiles(out, heads * head_dim, (1, group * head_dim), scratch, |scratch, tile| {
-        let (row, head) = (tile.rows().start, tile.cols().start / head_dim);
-        let block = Block { shape, first: seen[row].first, head, heads: group, tokens: 0..1, in_place: true };
-        block.run_tile(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch, tile);
+    let (group, n) = (heads / kv_heads, heads / kv_heads * head_dim);
+    // One head of several sequences after the other: what they share of their caches stays in the CPU's.
+    let rows = seen.len().div_ceil(2 * on.team.threads());
+    on.team.for_tiles(out, heads * head_dim, (rows, n), scratch, |scratch, mut tile| {
+        let head = tile.cols().start / head_dim;
+        for row in tile.rows() {
+            let Seen { keys, values, first, .. } = &seen[row];
+            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, in_place: true };
+            block.run(on.kernels, (&q[row * q_stride..], q_stride), keys, values, scratch);
+            tile.row(row).copy_from_slice(&scratch.out[..n]);
+        }
     });
 }
 
@@ -168,22 +177,6 @@ struct Block {
 }
 
 impl Block {
-    /// [`run`](Self::run), and stores the results in `tile`.
-    fn run_tile<C: CacheTile>(
-        &self,
-        kernels: Kernels,
-        q: (&[f32], usize),
-        seen: &Seen<'_, C>,
-        scratch: &mut AttentionScratch,
-        mut tile: Tile<'_, f32>,
-    ) {
-        self.run(kernels, q, seen.keys, seen.values, scratch);
-        let n = self.heads * self.shape.head_dim;
-        for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
-            tile.row(t).copy_from_slice(out);
-        }
-    }
-
     fn kv_head(&self) -> usize {
         self.head / (self.shape.heads / self.shape.kv_heads)
     }
@@ -285,6 +278,16 @@ impl Block {
         values.widen(kernels, self.kv_head(), positions, wide);
         let weights = View::rows(&scores[..rows * TILE], TILE).first_cols(n);
         kernels.gemm_f32(weights, View::rows(wide, dim), 1.0, out, dim);
+    }
+}
+
+impl<C: CacheTile> CacheTile for &C {
+    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
+        (**self).stored(head, positions)
+    }
+
+    fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
+        (**self).widen(kernels, head, positions, out);
     }
 }
 

@@ -1,11 +1,12 @@
 //! Answering items under policies, many at a time.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use super::{Contender, Item, Record, Task, TaskError, text};
 use crate::chat::{ChatTemplate, Message};
 use crate::eval::perplexity::{Exact, Score, score_rows};
-use crate::model::{FfnStep, KvType, ModelError, Part, Products, Sequence};
+use crate::model::{FfnStep, KvCache, KvType, ModelError, Part, Products, Sequence};
 use crate::sampler::{Sampler, SamplerOptions, StopMatcher};
 use crate::session::{Batch, End, Engine, Lane, SessionError};
 use crate::skip::{SkipOptions, SkipStats};
@@ -56,11 +57,17 @@ struct Held {
     sequence: Sequence,
 }
 
+/// The cache of a sequence that held `tokens`.
+struct Shared {
+    tokens: Vec<u32>,
+    cache: Arc<KvCache>,
+}
+
 /// An item whose answers are awaited.
 struct Case<'a> {
     item: &'a Item,
-    /// The prompt of its first turn but for the last token.
-    prompt: Held,
+    /// The prompt of its first turn but for the last token, evaluated in full; all its sequences begin with that.
+    prompt: Shared,
     /// The full model's answers, once they are there.
     full: Option<Record>,
     /// What the full model says of each turn; made when first needed.
@@ -73,10 +80,9 @@ struct Case<'a> {
 
 /// What the full model says at each position of its answer to a turn.
 struct Teacher {
-    /// The prompt's last token; the others are in `held`, or for the first turn in the case's.
+    /// The prompt's last token; the others are in `held`.
     last: u32,
-    before: Vec<u32>,
-    held: Option<Held>,
+    held: Held,
     answer: Vec<u32>,
     /// `[answer, vocab]`
     probabilities: Vec<f32>,
@@ -173,22 +179,23 @@ impl<'e> Runner<'e> {
                 if case.open == 0
                     && let Some(case) = cases.remove(&i)
                 {
-                    self.spare.push(case.prompt.sequence);
-                    self.spare.extend(case.teachers.into_iter().filter_map(|t| t.held).map(|h| h.sequence));
+                    self.spare.extend(case.teachers.into_iter().map(|teacher| teacher.held.sequence));
                 }
             }
         }
     }
 
     fn case<'a>(&mut self, item: &'a Item, full: Option<Record>, open: usize) -> Result<Case<'a>, TaskError> {
-        let prompt = self.prompt(item, &[])?;
-        let before = &prompt[..prompt.len() - 1];
-        let preamble = Held { tokens: Vec::new(), sequence: self.empty()? };
-        let preamble = std::mem::replace(&mut self.preamble, preamble);
-        let prompt = self.evaluated(before, &preamble);
-        let unused = std::mem::replace(&mut self.preamble, preamble);
-        self.spare.push(unused.sequence);
-        Ok(Case { item, prompt: prompt?, full, teachers: Vec::new(), waiting: Vec::new(), open })
+        let tokens = self.prompt(item, &[])?;
+        let (_, before) = split_last(&tokens)?;
+        // Not a spare one: its memory goes with the case.
+        let Settings { context, kv, .. } = self.settings;
+        let mut sequence = self.batch.sequence(context, kv, &SkipOptions::default())?;
+        let shared = common(before, &self.preamble.tokens);
+        sequence.copy_prefix(&self.preamble.sequence, shared);
+        self.batch.prompt(&mut sequence, &before[shared..], None)?;
+        let prompt = Shared { tokens: before.to_vec(), cache: sequence.into_kv() };
+        Ok(Case { item, prompt, full, teachers: Vec::new(), waiting: Vec::new(), open })
     }
 
     /// A sequence without tokens.
@@ -202,10 +209,10 @@ impl<'e> Runner<'e> {
     }
 
     /// `tokens` evaluated in full; what they share with `before` is not evaluated again.
-    fn evaluated(&mut self, tokens: &[u32], before: &Held) -> Result<Held, TaskError> {
+    fn evaluated(&mut self, tokens: &[u32], before: &Shared) -> Result<Held, TaskError> {
         let shared = common(tokens, &before.tokens);
         let mut sequence = self.empty()?;
-        sequence.copy_prefix(&before.sequence, shared);
+        sequence.share_prefix(&before.cache, shared);
         self.batch.prompt(&mut sequence, &tokens[shared..], None)?;
         Ok(Held { tokens: tokens.to_vec(), sequence })
     }
@@ -401,59 +408,51 @@ impl<'e> Runner<'e> {
             let teacher = self.teach(case, turn)?;
             case.teachers.push(teacher);
         }
-        let Case { prompt, teachers, .. } = case;
-        let teacher = &mut teachers[turn];
-        if teacher.answer.is_empty() {
+        let Teacher { last, held, answer, probabilities, exact } = &mut case.teachers[turn];
+        if answer.is_empty() {
             return Ok(Vec::new());
         }
         let policy = self.engine.model().policy(skip).map_err(ModelError::from)?;
-        let held = &mut teacher.held.as_mut().unwrap_or(prompt).sequence;
         let (mut own, mut index) = (None, 0);
         let sequence = match skip.prefill {
-            false => held,
+            false => &mut held.sequence,
             true => {
-                let mut sequence = self.empty()?;
-                sequence.set_policy(policy.boxed_clone());
-                self.batch.prompt(&mut sequence, &teacher.before, Some(0))?;
-                index = teacher.before.len();
-                own.insert(sequence)
+                index = held.tokens.len();
+                own.insert(self.empty()?)
             }
         };
-        if !skip.prefill {
-            sequence.set_policy(policy);
+        sequence.set_policy(policy);
+        if skip.prefill {
+            self.batch.prompt(sequence, &held.tokens, Some(0))?;
         }
         let vocab = self.engine.model().config().vocab;
         let mut scores = Vec::new();
         let step = FfnStep::Governed { index };
-        self.follow(sequence, teacher.last, &teacher.answer, step, |on, from, logits, targets| {
-            let exact = &teacher.exact[from..from + targets.len()];
-            let probabilities = &teacher.probabilities[from * vocab..][..logits.len()];
+        self.follow(sequence, *last, answer, step, |on, from, logits, targets| {
+            let exact = &exact[from..from + targets.len()];
+            let probabilities = &probabilities[from * vocab..][..logits.len()];
             scores.extend(score_rows(on, logits, targets, Some((probabilities, exact))));
         })?;
         self.spare.extend(own);
         Ok(scores)
     }
 
-    fn teach(&mut self, case: &mut Case<'_>, turn: usize) -> Result<Teacher, TaskError> {
+    fn teach(&mut self, case: &Case<'_>, turn: usize) -> Result<Teacher, TaskError> {
         let (answers, answer) = match &case.full {
             Some(full) => (full.answers[..turn].to_vec(), full.tokens[turn].clone()),
             None => Default::default(),
         };
         let prompt = self.prompt(case.item, &answers)?;
         let (last, before) = split_last(&prompt)?;
-        let mut held = match turn {
-            0 => None,
-            _ => Some(self.evaluated(before, &case.prompt)?),
-        };
+        let mut held = self.evaluated(before, &case.prompt)?;
         let (mut exact, mut probabilities) = (Vec::new(), Vec::new());
         if !answer.is_empty() {
-            let sequence = &mut held.as_mut().unwrap_or(&mut case.prompt).sequence;
-            self.follow(sequence, last, &answer, FfnStep::Full, |on, _, logits, targets| {
+            self.follow(&mut held.sequence, last, &answer, FfnStep::Full, |on, _, logits, targets| {
                 exact.extend(Exact::of(on, logits, targets));
                 probabilities.extend_from_slice(logits);
             })?;
         }
-        Ok(Teacher { last, before: before.to_vec(), held, answer, probabilities, exact })
+        Ok(Teacher { last, held, answer, probabilities, exact })
     }
 
     /// Evaluates the prompt's `last` token and `answer` but its own last, and shows the logits of [`ROWS`] positions at a
