@@ -45,20 +45,34 @@ impl Tile {
 pub(super) struct Functions {
     /// Up to 16 rows of activations to `[step][plane]` tiles and `[chunk][16]` scales.
     pub pack: unsafe fn(values: &[f32], cols: usize, tiles: &mut [Tile], scale: &mut [f32]),
-    /// A row of weights in the common form to row `row` of a panel.
-    pub widen: unsafe fn(&Groups<'_>, row: usize, &mut TilePanel),
+    /// The unpacked rows of a panel to rows from `first` on.
+    pub widen: unsafe fn(Form, rows: usize, first: usize, &mut TilePanel),
+    /// Asks for bytes that are to be unpacked soon.
+    pub fetch: unsafe fn(&[u8]),
     pub multiply: unsafe fn(&TilePanel, &TileInputs, chunk: usize, acc: &mut [f32]),
     /// `[row][token]` to `[token][row]`, for each 16 tokens by [`PANEL_ROWS`].
     pub turn: unsafe fn(&mut [f32]),
 }
 
-/// Some columns of a row of weights in the common form of [`quant`].
-pub(super) struct Groups<'a> {
-    pub ty: GgmlType,
-    pub q: &'a [u8],
-    pub scale: &'a [f32],
-    /// Empty for types without.
-    pub min: &'a [f32],
+/// Rows that are unpacked before they are widened: so many that a row's scales, written in pieces, are in the cache by
+/// the time that they are read as one.
+pub(super) const UNPACKED: usize = 8;
+
+/// Columns of some rows of weights in the common form of [`quant`].
+#[repr(C, align(64))]
+pub(super) struct Unpacked {
+    pub q: [[u8; PANEL_COLS]; UNPACKED],
+    pub scale: [[f32; PANEL_COLS / 16]; UNPACKED],
+    pub min: [[f32; PANEL_COLS / 16]; UNPACKED],
+}
+
+/// What all rows of [`Unpacked`] share.
+#[derive(Clone, Copy)]
+pub(super) struct Form {
+    pub cols: usize,
+    pub group_len: usize,
+    pub has_min: bool,
+    pub range: Range16,
 }
 
 /// How the codes of a type become 16 bits: `round((q - zero) * 2^shift * factor / 2^15)`.
@@ -153,6 +167,7 @@ impl TileInputs {
     }
 
     /// Tiles and scales of a chunk of a group.
+    #[inline]
     pub(super) fn part(&self, group: usize, chunk: usize) -> (&[Tile], &[f32; TILE]) {
         let n = chunk_cols(self.cols);
         let steps = chunk * n / STEP..((chunk + 1) * n).min(self.cols).div_ceil(STEP);
@@ -170,11 +185,22 @@ pub struct TilePanel {
     pub(super) tiles: Box<[Tile; 4 * PANEL_COLS / STEP]>,
     /// Of each row, times 256: a sum counts the products of high bytes as 256.
     pub(super) scale: [f32; PANEL_ROWS],
+    pub(super) unpacked: Box<Unpacked>,
 }
 
 impl Default for TilePanel {
     fn default() -> Self {
-        Self { cols: 0, tiles: Box::new([Tile::ZERO; 4 * PANEL_COLS / STEP]), scale: [0.0; PANEL_ROWS] }
+        let unpacked = Unpacked {
+            q: [[0; PANEL_COLS]; UNPACKED],
+            scale: [[0.0; PANEL_COLS / 16]; UNPACKED],
+            min: [[0.0; PANEL_COLS / 16]; UNPACKED],
+        };
+        Self {
+            cols: 0,
+            tiles: Box::new([Tile::ZERO; 4 * PANEL_COLS / STEP]),
+            scale: [0.0; PANEL_ROWS],
+            unpacked: Box::new(unpacked),
+        }
     }
 }
 
@@ -185,6 +211,7 @@ impl TilePanel {
     }
 
     /// The tiles that row `row` lies in, high and low plane of each step, and its place there.
+    #[inline(always)] // called from functions with target features, where a call costs a `vzeroupper`
     pub(super) fn place(row: usize, step: usize) -> ([usize; 2], usize) {
         ([4 * step + row / TILE, 4 * step + 2 + row / TILE], row % TILE)
     }
@@ -233,18 +260,33 @@ impl Kernels {
         assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
         assert!(cols.len() <= PANEL_COLS && ty.row_bytes(cols.end) <= row_bytes);
         panel.cols = cols.len();
-        let bytes = ty.row_bytes(cols.start)..ty.row_bytes(cols.end);
-        let (n, groups) = (cols.len(), cols.len() / quant::group_len(ty));
-        let (mut q, mut scale, mut min) =
-            ([0u8; PANEL_COLS], [0f32; PANEL_COLS / 16], [0f32; PANEL_COLS / 16]);
-        for (r, row) in weights.chunks_exact(row_bytes).enumerate() {
-            let (q, scale, min) = (&mut q[..n], &mut scale[..groups], &mut min[..groups]);
-            // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each weight and group of
-            // the blocks.
-            unsafe { (self.isa.functions.unpack)(ty, &row[bytes.clone()], q, scale, min) };
-            let groups = Groups { ty, q, scale, min: if quant::has_min(ty) { min } else { &[] } };
+        let (bytes, after) = (ty.row_bytes(cols.start)..ty.row_bytes(cols.end), ty.row_bytes(cols.len()));
+        let form = Form {
+            cols: cols.len(),
+            group_len: quant::group_len(ty),
+            has_min: quant::has_min(ty),
+            range: Range16::of(ty),
+        };
+        let (n, groups) = (form.cols, form.cols / form.group_len);
+        let tile_functions = self.tile_functions();
+        let fetch = |bytes: &[u8]| {
+            // SAFETY: the handle proves the ISA.
+            unsafe { (tile_functions.fetch)(bytes) }
+        };
+        if cols.start == 0 {
+            weights.chunks_exact(row_bytes).for_each(|row| fetch(&row[bytes.clone()]));
+        }
+        for (i, part) in weights.chunks(UNPACKED * row_bytes).enumerate() {
+            for (r, row) in part.chunks_exact(row_bytes).enumerate() {
+                let u = &mut panel.unpacked;
+                let (q, scale, min) = (&mut u.q[r][..n], &mut u.scale[r][..groups], &mut u.min[r][..groups]);
+                // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each weight and group
+                // of the blocks.
+                unsafe { (self.isa.functions.unpack)(ty, &row[bytes.clone()], q, scale, min) };
+                fetch(&row[bytes.end..row_bytes.min(bytes.end + after)]);
+            }
             // SAFETY: the handle proves the ISA; the panel has room for `PANEL_COLS` columns of `PANEL_ROWS` rows.
-            unsafe { (self.tile_functions().widen)(&groups, r, panel) };
+            unsafe { (tile_functions.widen)(form, part.len() / row_bytes, i * UNPACKED, panel) };
         }
         for r in rows..PANEL_ROWS {
             panel.scale[r] = 0.0; // whatever bytes are there count as nothing
@@ -280,7 +322,7 @@ impl Kernels {
 pub(super) mod reference {
     use super::*;
 
-    pub static FUNCTIONS: Functions = Functions { pack, widen, multiply, turn };
+    pub static FUNCTIONS: Functions = Functions { pack, widen, fetch, multiply, turn };
 
     /// `256 * high + low`, both signed.
     fn planes(v: i32) -> [i8; 2] {
@@ -309,29 +351,35 @@ pub(super) mod reference {
         }
     }
 
-    fn widen(w: &Groups<'_>, row: usize, panel: &mut TilePanel) {
-        let range = Range16::of(w.ty);
-        let min = |g: usize| w.min.get(g).copied().unwrap_or(0.0);
-        let mut unit = 0f32;
-        for (g, &scale) in w.scale.iter().enumerate() {
-            for extreme in [range.least, range.greatest] {
-                unit = unit.max((scale * extreme as f32 + min(g)).abs() / LIMIT);
+    fn widen(form: Form, rows: usize, first: usize, panel: &mut TilePanel) {
+        let TilePanel { tiles: to, scale: units, unpacked: w, .. } = panel;
+        let range = form.range;
+        for r in 0..rows {
+            let min = |g: usize| if form.has_min { w.min[r][g] } else { 0.0 };
+            let mut unit = 0f32;
+            for g in 0..form.cols / form.group_len {
+                let scale = w.scale[r][g];
+                for extreme in [range.least, range.greatest] {
+                    unit = unit.max((scale * extreme as f32 + min(g)).abs() * (1.0 / LIMIT));
+                }
+                unit = unit.max(scale.abs() * (range.per_scale() / 32767.0));
             }
-            unit = unit.max(scale.abs() * range.per_scale() / 32767.0);
-        }
-        let inverse = if unit > TINY { 1.0 / unit } else { 0.0 };
-        panel.scale[row] = 256.0 * unit;
-        for (col, &q) in w.q.iter().enumerate() {
-            let g = col / (w.q.len() / w.scale.len());
-            let v = (i32::from(q) - i32::from(range.zero)) << range.shift;
-            let factor = (w.scale[g] * (range.per_scale() * inverse)).round_ties_even() as i32;
-            let v = ((v * factor + (1 << 14)) >> 15) + (min(g) * inverse).round_ties_even() as i32;
-            let (tiles, place) = TilePanel::place(row, col / STEP);
-            for (tile, byte) in tiles.into_iter().zip(planes(v)) {
-                panel.tiles[tile].0[place][col % STEP] = byte;
+            let inverse = if unit > TINY { 1.0 / unit } else { 0.0 };
+            units[first + r] = 256.0 * unit;
+            for (col, &q) in w.q[r][..form.cols].iter().enumerate() {
+                let g = col / form.group_len;
+                let v = (i32::from(q) - i32::from(range.zero)) << range.shift;
+                let factor = (w.scale[r][g] * (range.per_scale() * inverse)).round_ties_even() as i32;
+                let v = ((v * factor + (1 << 14)) >> 15) + (min(g) * inverse).round_ties_even() as i32;
+                let (tiles, place) = TilePanel::place(first + r, col / STEP);
+                for (tile, byte) in tiles.into_iter().zip(planes(v)) {
+                    to[tile].0[place][col % STEP] = byte;
+                }
             }
         }
     }
+
+    fn fetch(_: &[u8]) {}
 
     fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mut [f32]) {
         for (group, acc) in acc.chunks_exact_mut(TILE * PANEL_ROWS).enumerate() {

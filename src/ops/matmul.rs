@@ -28,6 +28,12 @@ const FEW_BYTES: usize = 96 << 10;
 /// the L2 cache.
 const CACHED_BYTES: usize = 128 << 10;
 
+/// Most panels of a chunk: rows of activations that do not fit the L2 cache as a whole come into it once for all of them,
+/// some columns at a time, and the sums of so many panels fit beside.
+const MAX_PANELS: usize = 8;
+/// Chunks of panels a thread that are worth more than that.
+const PANEL_CHUNKS_A_THREAD: usize = 4;
+
 /// What happens to a product.
 #[derive(Clone, Copy)]
 pub enum Epilogue<'a> {
@@ -52,7 +58,7 @@ pub struct MatmulScratch {
 impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
-        let n = (rows * PANEL_ROWS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
+        let n = (rows * PANEL_ROWS * MAX_PANELS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
         Self { acc: vec![0.0; n], up: vec![0.0; n], ..Self::default() }
     }
 }
@@ -60,7 +66,8 @@ impl MatmulScratch {
 /// Rows of matrices like `w` in a chunk, of `outputs` altogether.
 fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> usize {
     if x.are_many() {
-        return PANEL_ROWS;
+        let panels = outputs / (PANEL_ROWS * PANEL_CHUNKS_A_THREAD * on.team.threads());
+        return panels.clamp(1, MAX_PANELS) * PANEL_ROWS;
     }
     let shared_by = |chunks| outputs.div_ceil(on.team.threads() * chunks);
     let fair = (FEW_BYTES / w.row_bytes().max(1))
@@ -90,7 +97,7 @@ pub fn matmul(
             if from < to {
                 let at = from - tile.cols().start;
                 product(on, matrix, from - first..to - first, x, scratch);
-                store(&mut tile, at, to - from, epilogue, (&scratch.acc, acc_stride(x, to - from)));
+                store(x, &mut tile, at, to - from, epilogue, &scratch.acc);
             }
             first += matrix.rows_len();
         }
@@ -109,22 +116,57 @@ pub fn matmul_swiglu(
     let outputs = gate.rows_len();
     let chunk = chunk_rows(on, x, &gate, outputs);
     on.team.for_tiles(out, outputs, (usize::MAX, chunk), scratch, |scratch, mut tile| {
-        let n = tile.cols().len();
         product(on, &up, tile.cols(), x, scratch);
         std::mem::swap(&mut scratch.acc, &mut scratch.up);
         product(on, &gate, tile.cols(), x, scratch);
-        let stride = acc_stride(x, n);
-        for t in tile.rows() {
-            let gate = &mut scratch.acc[t * stride..][..n];
-            on.kernels.silu_mul(gate, &scratch.up[t * stride..][..n]);
-            copy(tile.row(t), gate);
+        let n = tile.cols().len();
+        for part in parts(x, n) {
+            for t in tile.rows() {
+                let at = part.sums(t);
+                let gate = &mut scratch.acc[at.clone()];
+                on.kernels.silu_mul(gate, &scratch.up[at]);
+                copy(&mut tile.row(t)[part.cols.clone()], gate);
+            }
         }
     });
 }
 
-/// Columns of a row of `acc`.
-fn acc_stride(x: &Inputs, n: usize) -> usize {
-    if x.are_many() { PANEL_ROWS } else { n }
+/// Where the sums of some outputs of a chunk lie.
+struct Part {
+    /// Outputs, counted in the chunk.
+    cols: std::ops::Range<usize>,
+    /// Where its sums begin, and how far those of a row of activations are from those of the next.
+    first: usize,
+    stride: usize,
+}
+
+impl Part {
+    /// The sums of row `t` of the activations.
+    fn sums(&self, t: usize) -> std::ops::Range<usize> {
+        let at = self.first + t * self.stride;
+        at..at + self.cols.len()
+    }
+}
+
+/// Sums that a panel has, or what takes its place, of a chunk of `n` outputs: `[rows][stride]`.
+fn part_len(x: &Inputs, n: usize) -> (usize, usize) {
+    if !x.are_many() {
+        (x.rows, n)
+    } else if x.in_tiles {
+        (x.rows.next_multiple_of(TILE), PANEL_ROWS)
+    } else {
+        (x.rows, PANEL_ROWS)
+    }
+}
+
+/// The parts of the sums of `n` outputs: for many rows of activations one a panel.
+fn parts(x: &Inputs, n: usize) -> impl Iterator<Item = Part> {
+    let (rows, stride) = part_len(x, n);
+    (0..n).step_by(stride).enumerate().map(move |(i, from)| Part {
+        cols: from..(from + stride).min(n),
+        first: i * rows * stride,
+        stride,
+    })
 }
 
 /// Copies a row of a tile; that of a full panel has a known length and needs no call.
@@ -135,25 +177,21 @@ fn copy(to: &mut [f32], from: &[f32]) {
     }
 }
 
-/// Stores `n` columns of `acc`, whose rows have `stride`.
-fn store(
-    tile: &mut Tile<'_, f32>,
-    at: usize,
-    n: usize,
-    epilogue: Epilogue<'_>,
-    (acc, stride): (&[f32], usize),
-) {
+/// Stores the sums of `n` outputs, which are the tile's from its column `at` on.
+fn store(x: &Inputs, tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
     let first = tile.cols().start + at;
-    for t in tile.rows() {
-        let (out, acc) = (&mut tile.row(t)[at..at + n], &acc[t * stride..][..n]);
-        match epilogue {
-            Epilogue::Store | Epilogue::Bias([]) => copy(out, acc),
-            Epilogue::Bias(bias) => {
-                for ((out, acc), bias) in out.iter_mut().zip(acc).zip(&bias[first..][..n]) {
-                    *out = acc + bias;
+    for part in parts(x, n) {
+        let to = at + part.cols.start..at + part.cols.end;
+        for t in tile.rows() {
+            let (out, acc) = (&mut tile.row(t)[to.clone()], &acc[part.sums(t)]);
+            match epilogue {
+                Epilogue::Store | Epilogue::Bias([]) => copy(out, acc),
+                Epilogue::Bias(bias) => {
+                    let bias = &bias[first + part.cols.start..][..acc.len()];
+                    out.iter_mut().zip(acc.iter().zip(bias)).for_each(|(out, (acc, bias))| *out = acc + bias);
                 }
+                Epilogue::Add => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
             }
-            Epilogue::Add => out.iter_mut().zip(acc).for_each(|(out, acc)| *out += acc),
         }
     }
 }
@@ -163,7 +201,7 @@ fn panel_cols(cols: usize, ty: GgmlType) -> usize {
     cols.div_ceil(cols.div_ceil(PANEL_COLS).max(1)).next_multiple_of(ty.block_len().max(64))
 }
 
-/// `acc[t][r] = W[rows][r] . x[t]`, rows of `acc` as [`acc_stride`] says.
+/// The sums of the rows `rows` of `w` with all rows of `x`, in `scratch.acc`, where [`parts`] says.
 fn product(
     on: Compute<'_>,
     w: &Matrix<'_>,
@@ -171,16 +209,19 @@ fn product(
     x: &Inputs,
     scratch: &mut MatmulScratch,
 ) {
-    let (n, stride) = (rows.len(), acc_stride(x, rows.len()));
-    let terms = 1 + usize::from(x.two_terms);
-    let acc_rows = if x.in_tiles { x.rows.next_multiple_of(TILE) } else { terms * x.rows };
-    if scratch.acc.len() < acc_rows * stride {
-        scratch.acc.resize(acc_rows * stride, 0.0);
-        scratch.up.resize(acc_rows * stride, 0.0);
+    let n = rows.len();
+    let (part_rows, stride) = part_len(x, n);
+    let many = x.rows >= GEMM_ROWS;
+    // The second terms of a few rows have sums of their own at first.
+    let sums = part_rows * stride * n.div_ceil(stride) * if x.two_terms && !many { 2 } else { 1 };
+    if scratch.acc.len() < sums {
+        scratch.acc.resize(sums, 0.0);
+        scratch.up.resize(sums, 0.0);
     }
     let weights = w.rows(rows);
-    let acc = &mut scratch.acc[..acc_rows * stride];
-    match (quant::is_quantised(w.ty()), x.are_many()) {
+    let MatmulScratch { panel, tiles, acc, wide, .. } = scratch;
+    let acc = &mut acc[..sums];
+    match (quant::is_quantised(w.ty()), many) {
         (true, false) => {
             // Both terms of refined inputs in one pass over the weights.
             on.kernels.dot_tokens(w.ty(), weights, &x.q8, acc);
@@ -194,32 +235,49 @@ fn product(
                 on.kernels.dot_float(w.ty(), weights, x, acc);
             }
         }
-        (true, true) if x.in_tiles => {
+        (true, true) => {
             acc.fill(0.0);
-            let step = chunk_cols(x.cols);
+            let step = if x.in_tiles { chunk_cols(x.cols) } else { panel_cols(x.cols, w.ty()) };
             for (chunk, from) in (0..x.cols).step_by(step).enumerate() {
                 let cols = from..(from + step).min(x.cols);
-                on.kernels.unpack_tiles(w.ty(), weights, w.row_bytes(), cols, &mut scratch.tiles);
-                on.kernels.multiply_tiles(&scratch.tiles, &x.tiles, chunk, acc);
-            }
-            on.kernels.turn_tiles(acc);
-        }
-        (true, true) => {
-            let acc = &mut acc[..x.rows * stride];
-            acc.fill(0.0);
-            let step = panel_cols(x.cols, w.ty());
-            for from in (0..x.cols).step_by(step) {
-                let cols = from..(from + step).min(x.cols);
-                on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, &mut scratch.panel);
-                for term in 0..terms {
-                    let rows = term * x.rows..(term + 1) * x.rows;
-                    on.kernels.gemm(&scratch.panel, x.q8.from_col(rows, from), acc);
+                let panels = weights.chunks(PANEL_ROWS * w.row_bytes());
+                for (weights, acc) in panels.zip(acc.chunks_exact_mut(part_rows * stride)) {
+                    add_panel(on, w, weights, (chunk, cols.clone()), x, (panel, tiles), acc);
                 }
+            }
+            if x.in_tiles {
+                on.kernels.turn_tiles(acc);
             }
         }
         (false, true) => {
-            float_product(on, w.ty(), weights, n, x, &mut scratch.wide, &mut acc[..x.rows * stride]);
+            let panels = weights.chunks(PANEL_ROWS * w.row_bytes());
+            for (weights, acc) in panels.zip(acc.chunks_exact_mut(part_rows * stride)) {
+                float_product(on, w.ty(), weights, x, wide, acc);
+            }
         }
+    }
+}
+
+/// Adds the products of up to [`PANEL_ROWS`] rows, columns `cols`, with all rows of `x`.
+fn add_panel(
+    on: Compute<'_>,
+    w: &Matrix<'_>,
+    weights: &[u8],
+    (chunk, cols): (usize, std::ops::Range<usize>),
+    x: &Inputs,
+    (panel, tiles): (&mut Panel, &mut TilePanel),
+    acc: &mut [f32],
+) {
+    if x.in_tiles {
+        on.kernels.unpack_tiles(w.ty(), weights, w.row_bytes(), cols, tiles);
+        on.kernels.multiply_tiles(tiles, &x.tiles, chunk, acc);
+        return;
+    }
+    let from = cols.start;
+    on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, panel);
+    for term in 0..1 + usize::from(x.two_terms) {
+        let rows = term * x.rows..(term + 1) * x.rows;
+        on.kernels.gemm(panel, x.q8.from_col(rows, from), acc);
     }
 }
 
@@ -228,7 +286,6 @@ fn float_product(
     on: Compute<'_>,
     ty: GgmlType,
     weights: &[u8],
-    n: usize,
     x: &Inputs,
     wide: &mut Vec<f32>,
     acc: &mut [f32],
@@ -236,6 +293,7 @@ fn float_product(
     if wide.len() < PANEL_ROWS * x.cols {
         wide.resize(PANEL_ROWS * x.cols, 0.0);
     }
+    let n = weights.len() / ty.row_bytes(x.cols);
     let wide = &mut wide[..n * x.cols];
     for (row, wide) in weights.chunks_exact(ty.row_bytes(x.cols)).zip(wide.chunks_exact_mut(x.cols)) {
         quant::dequantize_row(ty, row, wide);
@@ -256,8 +314,7 @@ mod tests {
     }
 
     /// Rows of `x` and matrices of rows that are wide enough for several panels.
-    fn check(rows: usize, ty: GgmlType, refined: bool, tolerance: f32) {
-        let (cols, outputs) = (1280, 70);
+    fn check(rows: usize, (outputs, cols): (usize, usize), ty: GgmlType, refined: bool, tolerance: f32) {
         let (x, team) = (wave(rows * cols, 0.37), Team::new(2).unwrap());
         for kernels in Kernels::available() {
             let on = Compute { team: &team, kernels };
@@ -297,17 +354,48 @@ mod tests {
     #[test]
     fn products_equal_exact_ones_within_the_rounding_of_activations() {
         for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
-            check(rows, GgmlType::Q8_0, false, 0.6);
-            check(rows, GgmlType::Q4_K, false, 0.6);
-            check(rows, GgmlType::F16, false, 1e-3);
+            check(rows, (70, 1280), GgmlType::Q8_0, false, 0.6);
+            check(rows, (70, 1280), GgmlType::Q4_K, false, 0.6);
+            check(rows, (70, 1280), GgmlType::F16, false, 1e-3);
         }
     }
 
     #[test]
     fn refined_inputs_are_nearly_exact() {
         for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
-            check(rows, GgmlType::Q8_0, true, 5e-3);
-            check(rows, GgmlType::Q5_1, true, 5e-3);
+            check(rows, (70, 1280), GgmlType::Q8_0, true, 5e-3);
+            check(rows, (70, 1280), GgmlType::Q5_1, true, 5e-3);
+        }
+    }
+
+    #[test]
+    fn chunks_of_several_panels_are_put_together() {
+        let team = Team::new(2).unwrap();
+        let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+        let (bytes, outputs) = (vec![0; GgmlType::Q8_0.row_bytes(64) * 1250], 1250);
+        let matrix = Matrix::new(GgmlType::Q8_0, outputs, 64, &bytes).unwrap();
+        let inputs = Inputs::with_capacity(20, 64);
+        assert!(
+            chunk_rows(on, &inputs, &matrix, outputs) > PANEL_ROWS,
+            "the test is of chunks that are larger"
+        );
+        check(20, (1250, 64), GgmlType::Q8_0, false, 0.1);
+        check(35, (1250, 64), GgmlType::F16, false, 1e-3);
+    }
+
+    #[test]
+    fn products_in_tiles_are_nearly_exact() {
+        if Kernels::select(None).unwrap().has_tiles() {
+            let x = wave(GEMM_ROWS * 1280, 0.37);
+            let team = Team::new(2).unwrap();
+            let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+            let mut inputs = Inputs::with_capacity(GEMM_ROWS, 1280);
+            inputs.values_mut().copy_from_slice(&x);
+            inputs.quantize(on);
+            inputs.refine(on);
+            assert!(inputs.in_tiles && !inputs.two_terms);
+        } else {
+            eprintln!("SKIPPED: this CPU has no matrix unit");
         }
     }
 }

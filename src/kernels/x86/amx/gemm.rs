@@ -7,9 +7,9 @@ use crate::kernels::PANEL_ROWS;
 use crate::kernels::tiles::{TILE, Tile, TileInputs, TilePanel};
 use crate::kernels::x86::avx512vnni::transpose16;
 
-/// Sums of products of 32 rows by 16 tokens: `[high high, high low, low high][row][token]`.
+/// Sums of products of 32 rows by 16 tokens: `[high with high, high with low][row][token]`.
 #[repr(C, align(64))]
-struct Sums([[[i32; TILE]; PANEL_ROWS]; 3]);
+struct Sums([[[i32; TILE]; PANEL_ROWS]; 2]);
 
 /// See `Kernels::multiply_tiles`, which asserts the lengths.
 ///
@@ -19,7 +19,7 @@ struct Sums([[[i32; TILE]; PANEL_ROWS]; 3]);
 pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mut [f32]) {
     // SAFETY: `Kernels::multiply_tiles`, the only caller, has a handle of this ISA.
     unsafe { super::configure() };
-    let mut sums = Sums([[[0; TILE]; PANEL_ROWS]; 3]);
+    let mut sums = Sums([[[0; TILE]; PANEL_ROWS]; 2]);
     let steps = panel.steps();
     let rows_a_step = PANEL_ROWS.div_ceil(steps);
     let mut before: Option<(&mut [f32], &[f32; TILE])> = None;
@@ -39,7 +39,7 @@ pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mu
                 }
             }
         }
-        // SAFETY: as above; `sums` has room for six tiles.
+        // SAFETY: as above; `sums` has room for four tiles.
         unsafe { store(&mut sums) };
         before = Some((acc, scale));
     }
@@ -59,18 +59,17 @@ unsafe fn zero() {
     // SAFETY: as the caller says; only tiles are changed.
     unsafe {
         asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", "tilezero tmm4", "tilezero tmm5",
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             options(nostack, preserves_flags, nomem),
         );
     }
 }
 
-/// Adds the products of 64 columns: `tmm0, tmm1` those of high bytes with high bytes, `tmm2, tmm3` of high bytes of weights
-/// with low ones of activations, `tmm4, tmm5` of low with high.
+/// Adds the products of 64 columns: `tmm0, tmm1` those of high bytes with high bytes, `tmm2, tmm3` those of high with low.
 ///
-/// Six sums, although two tiles less to load would do with four: a product takes 52 cycles and begins every 16, so a
-/// tile must not be added to again before three others were.
+/// Loading tiles takes about as long as multiplying them, so none is loaded twice; and a product takes 52 cycles, but
+/// another can begin every 16, so a sum is not added to again at once.
 ///
 /// # Safety
 /// * The CPU has AMX, and this thread's tiles are configured.
@@ -80,25 +79,23 @@ unsafe fn step(w: *const Tile, x: *const Tile) {
     // SAFETY: as the caller says.
     unsafe {
         asm!(
-            "tileloadd tmm6, [{x} + {stride}*1]",
-            "tileloadd tmm7, [{w} + {stride}*1]",
-            "tdpbssd tmm0, tmm7, tmm6",
-            "tileloadd tmm7, [{w} + {stride}*1 + 1024]",
-            "tdpbssd tmm1, tmm7, tmm6",
-            "tileloadd tmm7, [{w} + {stride}*1 + 2048]",
-            "tdpbssd tmm4, tmm7, tmm6",
-            "tileloadd tmm7, [{w} + {stride}*1 + 3072]",
-            "tdpbssd tmm5, tmm7, tmm6",
-            "tileloadd tmm6, [{x} + {stride}*1 + 1024]",
-            "tileloadd tmm7, [{w} + {stride}*1]",
-            "tdpbssd tmm2, tmm7, tmm6",
-            "tileloadd tmm7, [{w} + {stride}*1 + 1024]",
-            "tdpbssd tmm3, tmm7, tmm6",
+            "tileloadd tmm4, [{w} + {stride}*1]",
+            "tileloadd tmm5, [{x} + {stride}*1 + 1024]",
+            "tileloadd tmm6, [{w} + {stride}*1 + 1024]",
+            "tileloadd tmm7, [{x} + {stride}*1]",
+            "tdpbssd tmm2, tmm4, tmm5",
+            "tdpbssd tmm3, tmm6, tmm5",
+            "tdpbssd tmm0, tmm4, tmm7",
+            "tileloadd tmm5, [{w} + {stride}*1 + 2048]",
+            "tileloadd tmm4, [{w} + {stride}*1 + 3072]",
+            "tdpbssd tmm1, tmm6, tmm7",
+            "tdpbssd tmm2, tmm5, tmm7",
+            "tdpbssd tmm3, tmm4, tmm7",
             w = in(reg) w,
             x = in(reg) x,
             stride = in(reg) 64usize,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, out("tmm4") _, out("tmm5") _,
-            out("tmm6") _, out("tmm7") _,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags, readonly),
         );
     }
@@ -110,15 +107,13 @@ unsafe fn step(w: *const Tile, x: *const Tile) {
 /// * The CPU has AMX, and this thread's tiles are configured.
 #[inline(always)]
 unsafe fn store(sums: &mut Sums) {
-    // SAFETY: as the caller says; six tiles of 1024 bytes fit `sums`.
+    // SAFETY: as the caller says; four tiles of 1024 bytes fit `sums`.
     unsafe {
         asm!(
             "tilestored [{sums} + {stride}*1], tmm0",
             "tilestored [{sums} + {stride}*1 + 1024], tmm1",
             "tilestored [{sums} + {stride}*1 + 2048], tmm2",
             "tilestored [{sums} + {stride}*1 + 3072], tmm3",
-            "tilestored [{sums} + {stride}*1 + 4096], tmm4",
-            "tilestored [{sums} + {stride}*1 + 5120], tmm5",
             sums = in(reg) &raw mut *sums,
             stride = in(reg) 64usize,
             options(nostack, preserves_flags),
@@ -135,9 +130,9 @@ fn add_row(sums: &Sums, panel: &TilePanel, scale: &[f32; TILE], row: usize, acc:
         // SAFETY: 64 readable bytes.
         unsafe { _mm512_loadu_si512(at.as_ptr().cast()) }
     };
-    let [high, mid, mid2] = [load(&sums.0[0][row]), load(&sums.0[1][row]), load(&sums.0[2][row])];
+    let (high, mid) = (load(&sums.0[0][row]), load(&sums.0[1][row]));
     // At most 512 * 127 * 127 * 256 and 2 * 512 * 127 * 128: together below 2^31.
-    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), _mm512_add_epi32(mid, mid2));
+    let sum = _mm512_add_epi32(_mm512_slli_epi32::<8>(high), mid);
     // SAFETY: 64 readable bytes each.
     let (scale, old) = unsafe { (_mm512_loadu_ps(scale.as_ptr()), _mm512_loadu_ps(acc.as_ptr())) };
     let scale = _mm512_mul_ps(scale, _mm512_set1_ps(panel.scale[row]));

@@ -22,8 +22,13 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions { tiles: Some(&TILES), ..avx512vnni::ISA.functions },
 };
 
-static TILES: tiles::Functions =
-    tiles::Functions { pack: pack::pack, widen: pack::widen, multiply: gemm::multiply, turn: gemm::turn };
+static TILES: tiles::Functions = tiles::Functions {
+    pack: pack::pack,
+    widen: pack::widen,
+    fetch: pack::fetch,
+    multiply: gemm::multiply,
+    turn: gemm::turn,
+};
 
 /// Whether CPU and system have it; asks the system for permission, once.
 fn detect() -> bool {
