@@ -225,7 +225,10 @@ fn a_shared_prefix_is_as_good_as_one_of_its_own() {
             // A prompt after it, then back into what is shared, and over it.
             for (tokens, back) in [(20, 290), (3, 130), (40, 128), (2, 60), (30, 0), (5, 5)] {
                 let logits = step(&mut both, &prompt[..tokens]);
-                assert!(logits[..logits.len() / 2] == logits[logits.len() / 2..], "{kv:?} {positions} {back}");
+                assert!(
+                    logits[..logits.len() / 2] == logits[logits.len() / 2..],
+                    "{kv:?} {positions} {back}"
+                );
                 both.iter_mut().for_each(|s| s.truncate(back));
             }
         }

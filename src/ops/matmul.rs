@@ -211,7 +211,7 @@ fn product(
 ) {
     let n = rows.len();
     let (part_rows, stride) = part_len(x, n);
-    let many = x.rows >= GEMM_ROWS;
+    let many = x.are_many();
     // The second terms of a few rows have sums of their own at first.
     let sums = part_rows * stride * n.div_ceil(stride) * if x.two_terms && !many { 2 } else { 1 };
     if scratch.acc.len() < sums {
