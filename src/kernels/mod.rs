@@ -40,6 +40,7 @@ use crate::quant;
 use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
+pub use peak::sum_of;
 
 /// Weight rows in a [`Panel`].
 pub const PANEL_ROWS: usize = 32;
