@@ -8,8 +8,8 @@ use super::{FfnStep, Layer, Model, ModelError, State};
 use crate::kernels::ColumnList;
 use crate::kernels::columns::touched;
 use crate::ops::{
-    COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
-    matmul_columns, rms_norm_then, swiglu_columns,
+    COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_columns,
+    rms_norm_then, swiglu_columns,
 };
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
@@ -54,7 +54,6 @@ pub(super) struct CutScratch {
     factors: Vec<AtomicU32>,
     /// What each row touches of gate and up, and of down.
     touched: Vec<[Touched; 2]>,
-    sums: Vec<f32>,
 }
 
 impl CutScratch {
@@ -65,17 +64,12 @@ impl CutScratch {
         }
         let (d, ffn) = (model.config.embedding, model.config.ffn);
         let lists = |cols| (0..COLUMN_ROWS).map(|_| ColumnList::with_capacity(cols)).collect();
-        let columns = model.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
-        let sums = columns.map(|c| {
-            column_scratch(&[&c.gate, &c.up], COLUMN_ROWS).max(column_scratch(&[&c.down], COLUMN_ROWS))
-        });
         Self {
             gate_up: vec![0.0; batch * 2 * ffn],
             inputs: lists(d),
             inner: lists(ffn),
             factors: (0..batch).map(|_| AtomicU32::default()).collect(),
             touched: Vec::with_capacity(batch),
-            sums: vec![0.0; sums.max().unwrap_or(0)],
         }
     }
 }
@@ -251,7 +245,7 @@ impl PreparedCut {
         if let Some(c) = self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
             x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
             let (lists, out) = (&s.inputs[..n], inner.values_mut());
-            swiglu_columns(on, &c.gate, &c.up, lists, bias, out, &mut s.sums, |i, first, inner| {
+            swiglu_columns(on, &c.gate, &c.up, lists, bias, out, |i, first, inner| {
                 side.apply_from(cuts[i].inner, first, inner);
             });
             inner.quantize(on);
@@ -284,7 +278,7 @@ impl PreparedCut {
         match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS) {
             Some(c) => {
                 x.choose_columns(c.down.layout().group_len(), &mut s.inner);
-                matmul_columns(on, &[&c.down], &s.inner[..n], bias, out, &mut s.sums);
+                matmul_columns(on, &c.down, &s.inner[..n], bias, out);
                 s.touched.iter_mut().zip(&s.inner).for_each(|(t, list)| t[1] = list.touched());
             }
             None => {

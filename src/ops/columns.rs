@@ -6,28 +6,23 @@ use std::ops::Range;
 use memmap2::MmapMut;
 
 use super::Compute;
-use crate::kernels::ColumnList;
+use crate::kernels::columns::finish;
+use crate::kernels::{ColumnList, Kernels};
 use crate::quant::Matrix;
-use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, heads_of, pack};
+use crate::quant::columns::{ColumnLayout, PackScratch, Ranges, TILE, heads_of, pack};
 
-/// Rows of activations up to which products by column pay: each passes over the chosen columns of a chunk, which
-/// stay in the cache, where a panel of the dense product is unpacked once for all.
-pub const COLUMN_ROWS: usize = 4;
-/// Most bytes of a chunk. Each has sums of its own, so there should not be many more than threads need.
-const MAX_CHUNK_BYTES: usize = 2 << 20;
-/// Least bytes of a chunk for which a thread is given something to do.
-const MIN_CHUNK_BYTES: usize = 64 << 10;
-/// Chunks of a matrix that are wanted: they are claimed one by one, and the last ones should not take long.
-const CHUNKS: usize = 8;
-/// Outputs that are added up at a time.
-const OUTPUTS: usize = 1024;
+/// Rows of activations up to which products by column pay: each reads the chosen columns anew, where the dense
+/// product reads a panel once for all.
+pub const COLUMN_ROWS: usize = 1;
+/// Tiles of a chunk, if the number of threads does not speak against it: a core fetches long runs faster.
+const CHUNK: usize = 8;
+/// Most tiles of a chunk: their sums stay in the L1 cache.
+const MOST_TILES: usize = 12;
 
 /// A matrix in the column form of [`quant::columns`](crate::quant::columns), in memory of its own.
 pub struct ColumnMatrix {
     layout: ColumnLayout,
     strips: Vec<Strip>,
-    /// Parts that the columns are cut into.
-    parts: usize,
 }
 
 struct Strip {
@@ -47,8 +42,7 @@ impl ColumnMatrix {
         let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
         let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, &layout, s, &mut scratch));
         let strips = strips.collect::<io::Result<_>>()?;
-        let parts = parts(&layout);
-        Ok(Some(Self { layout, strips, parts }))
+        Ok(Some(Self { layout, strips }))
     }
 
     /// The layout.
@@ -61,20 +55,42 @@ impl ColumnMatrix {
         self.strips.iter().map(|s| s.groups.len() + 4 * s.heads.len()).sum()
     }
 
-    /// Chunks of work of a product.
-    fn chunks(&self) -> usize {
-        self.strips.len() * self.parts
-    }
-
-    fn strip(&self, strip: usize) -> ColumnStrip<'_> {
-        let Strip { heads, groups } = &self.strips[strip];
-        self.layout.view(strip, heads, groups)
-    }
-
-    /// Groups of columns of a part.
-    fn groups(&self, part: usize) -> Range<usize> {
-        let groups = self.layout.groups();
-        part * groups / self.parts..(part + 1) * groups / self.parts
+    /// The outputs `wanted` of the product with the chosen columns, plus those of `bias`, if that is not empty.
+    fn product(
+        &self,
+        kernels: Kernels,
+        list: &ColumnList,
+        bias: &[f32],
+        wanted: Range<usize>,
+        out: &mut [f32],
+    ) {
+        let mut sums = [0f32; MOST_TILES * TILE];
+        for (s, Strip { heads, groups }) in self.strips.iter().enumerate() {
+            let strip = self.layout.outputs_of(s);
+            let both = strip.start.max(wanted.start)..strip.end.min(wanted.end);
+            if both.is_empty() {
+                continue;
+            }
+            let view = self.layout.view(s, heads, groups);
+            let first = both.start - strip.start;
+            // What the kernel computes of a last tile that is not full is dropped.
+            let end = if both.end == strip.end { view.width } else { both.end - strip.start };
+            let sums = &mut sums[..end - first];
+            sums.fill(0.0);
+            kernels.columns(view, list, 0..self.layout.groups(), first..end, sums);
+            let sums = &mut sums[..both.len()];
+            finish(view, list, first, sums);
+            let out = &mut out[both.start - wanted.start..][..both.len()];
+            match bias {
+                [] => out.copy_from_slice(sums),
+                bias => {
+                    let bias = &bias[both.start..both.end];
+                    out.iter_mut()
+                        .zip(sums.iter().zip(bias))
+                        .for_each(|(out, (sum, bias))| *out = sum + bias);
+                }
+            }
+        }
     }
 }
 
@@ -107,42 +123,32 @@ impl Strip {
     }
 }
 
-/// Depends on the shape alone, as results do: parts are added up.
-fn parts(layout: &ColumnLayout) -> usize {
-    let strip = layout.bytes() / layout.strips();
-    let for_size = strip.div_ceil(MAX_CHUNK_BYTES);
-    let for_many = CHUNKS.div_ceil(layout.strips()).min(strip / MIN_CHUNK_BYTES);
-    for_size.max(for_many).clamp(1, layout.groups().max(1))
+/// Outputs of a chunk, in whole tiles: such that the threads come out even, and the runs that are read of a column
+/// are about as long as [`CHUNK`].
+fn chunk(on: Compute<'_>, outputs: usize) -> usize {
+    let (tiles, threads) = (outputs.div_ceil(TILE), on.team.active());
+    let longest = |chunk: &usize| tiles.div_ceil(*chunk).div_ceil(threads) * chunk;
+    let chunk = (1..=MOST_TILES).rev().min_by_key(|chunk| (longest(chunk), chunk.abs_diff(*CHUNKV)));
+    chunk.unwrap_or(1) * TILE
 }
+static CHUNKV: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("SKC").ok().and_then(|v| v.parse().ok()).unwrap_or(CHUNK));
 
-/// Floats of a chunk and a row: the sums of the widest strip.
-fn chunk_floats(stack: &[&ColumnMatrix]) -> usize {
-    let strips = |m: &&ColumnMatrix| (0..m.strips.len()).map(|s| m.layout.width(s)).max();
-    stack.iter().filter_map(strips).max().unwrap_or(0)
-}
-
-/// Floats of scratch that products with the stacked matrices take.
-pub fn column_scratch(stack: &[&ColumnMatrix], rows: usize) -> usize {
-    stack.iter().map(|m| m.chunks()).sum::<usize>() * rows * chunk_floats(stack)
-}
-
-/// `out[t] = [W0; W1; ...] x[t] + bias` where `lists[t]` has what is not zero of `x[t]`; an empty bias: none.
-///
-/// All matrices have as many columns, and groups of the same length. `out` is row-major with as many columns as the
-/// matrices have outputs together.
+/// `out[t] = W x[t] + bias` where `lists[t]` has what is not zero of `x[t]`; an empty bias: none.
 pub fn matmul_columns(
     on: Compute<'_>,
-    stack: &[&ColumnMatrix],
+    matrix: &ColumnMatrix,
     lists: &[ColumnList],
     bias: &[f32],
     out: &mut [f32],
-    scratch: &mut Vec<f32>,
 ) {
-    let sums = Sums::new(on, stack, lists, bias, scratch);
-    let outputs: usize = stack.iter().map(|m| m.layout.outputs()).sum();
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, (1, OUTPUTS), |mut tile| {
-        let (t, first) = (tile.rows().start, tile.cols().start);
-        sums.write(t, first, tile.row(t));
+    let outputs = matrix.layout.outputs();
+    let tile = (lists.len(), chunk(on, outputs));
+    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, tile, |mut tile| {
+        let cols = tile.cols();
+        for (t, list) in lists.iter().enumerate() {
+            matrix.product(on.kernels, list, bias, cols.clone(), tile.row(t));
+        }
     });
 }
 
@@ -157,92 +163,21 @@ pub fn swiglu_columns(
     lists: &[ColumnList],
     bias: &[f32],
     out: &mut [f32],
-    scratch: &mut Vec<f32>,
     then: impl Fn(usize, usize, &mut [f32]) + Sync,
 ) {
-    let stack = [gate, up];
-    let sums = Sums::new(on, &stack, lists, bias, scratch);
     let outputs = gate.layout.outputs();
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, (1, OUTPUTS), |mut tile| {
-        let (t, first) = (tile.rows().start, tile.cols().start);
-        let out = tile.row(t);
-        let mut up = [0f32; OUTPUTS];
-        let up = &mut up[..out.len()];
-        sums.write(t, first, out);
-        sums.write(t, outputs + first, up);
-        on.kernels.silu_mul(out, up);
-        then(t, first, out);
+    let (gate_bias, up_bias) = bias.split_at(bias.len() / 2);
+    let tile = (lists.len(), chunk(on, outputs));
+    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, tile, |mut tile| {
+        let cols = tile.cols();
+        let mut of_up = [0f32; MOST_TILES * TILE];
+        let of_up = &mut of_up[..cols.len()];
+        for (t, list) in lists.iter().enumerate() {
+            let out = tile.row(t);
+            gate.product(on.kernels, list, gate_bias, cols.clone(), out);
+            up.product(on.kernels, list, up_bias, cols.clone(), of_up);
+            on.kernels.silu_mul(out, of_up);
+            then(t, cols.start, out);
+        }
     });
-}
-
-/// The sums of all chunks of a product.
-struct Sums<'a> {
-    on: Compute<'a>,
-    stack: &'a [&'a ColumnMatrix],
-    bias: &'a [f32],
-    rows: usize,
-    /// `[chunks, rows, floats]`
-    sums: &'a [f32],
-    floats: usize,
-}
-
-impl<'a> Sums<'a> {
-    fn new(
-        on: Compute<'a>,
-        stack: &'a [&'a ColumnMatrix],
-        lists: &[ColumnList],
-        bias: &'a [f32],
-        scratch: &'a mut Vec<f32>,
-    ) -> Self {
-        let (rows, needed) = (lists.len(), column_scratch(stack, lists.len()));
-        if scratch.len() < needed {
-            scratch.resize(needed, 0.0);
-        }
-        let (sums, floats) = (&mut scratch[..needed], chunk_floats(stack));
-        let chunk = rows * floats;
-        on.team.for_plain_tiles(sums, chunk, (1, chunk), |mut tile| {
-            let index = tile.rows().start;
-            let (matrix, strip, part) = locate(stack, index);
-            let (view, groups) = (matrix.strip(strip), matrix.groups(part));
-            for (list, sums) in lists.iter().zip(tile.row(index).chunks_exact_mut(floats)) {
-                on.kernels.columns(view, list, groups.clone(), &mut sums[..view.width]);
-            }
-        });
-        Self { on, stack, bias, rows, sums, floats }
-    }
-
-    /// Outputs `first..` of row `t`: the bias and the sums of all parts.
-    fn write(&self, t: usize, first: usize, out: &mut [f32]) {
-        match self.bias {
-            [] => out.fill(0.0),
-            bias => out.copy_from_slice(&bias[first..][..out.len()]),
-        }
-        let wanted = first..first + out.len();
-        let (mut begin, mut chunk) = (0, 0);
-        for matrix in self.stack {
-            for strip in 0..matrix.strips.len() {
-                let outputs = matrix.layout.outputs_of(strip);
-                let (start, end) = (begin + outputs.start, begin + outputs.end);
-                let both = start.max(wanted.start)..end.min(wanted.end);
-                for part in 0..if both.is_empty() { 0 } else { matrix.parts } {
-                    let from = ((chunk + part) * self.rows + t) * self.floats + both.start - start;
-                    let out = &mut out[both.start - first..both.end - first];
-                    self.on.kernels.add_weighted(out, &[1.0], &self.sums[from..][..both.len()]);
-                }
-                chunk += matrix.parts;
-            }
-            begin += matrix.layout.outputs();
-        }
-    }
-}
-
-/// Matrix, strip and part of a chunk.
-fn locate<'a>(stack: &[&'a ColumnMatrix], mut chunk: usize) -> (&'a ColumnMatrix, usize, usize) {
-    for matrix in stack {
-        if chunk < matrix.chunks() {
-            return (matrix, chunk / matrix.parts, chunk % matrix.parts);
-        }
-        chunk -= matrix.chunks();
-    }
-    unreachable!("a chunk of the stack")
 }

@@ -9,7 +9,7 @@ mod matmul;
 mod norm;
 mod rope;
 
-pub use columns::{COLUMN_ROWS, ColumnMatrix, column_scratch, matmul_columns, swiglu_columns};
+pub use columns::{COLUMN_ROWS, ColumnMatrix, matmul_columns, swiglu_columns};
 pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};

@@ -1,52 +1,50 @@
 //! Products with chosen columns: four columns at a time, interleaved in registers.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::blocks::lanes;
 use crate::kernels::columns::{Bundle, Chosen};
 use crate::kernels::x86::IQ4_VALUES;
-use crate::kernels::x86::columns::{BYTES, Fetch, Group, NIBBLES, NIBBLES_AND_HIGH, TABLE};
+use crate::kernels::x86::columns::{BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
+pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
+    let groups = Groups::new(strip, chosen, &outputs);
     match strip.codes {
-        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, out),
-        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, out),
-        Codes::Table => kernel::<TABLE>(strip, chosen, out),
-        Codes::Bytes => kernel::<BYTES>(strip, chosen, out),
+        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, groups, outputs, out),
+        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, groups, outputs, out),
+        Codes::Table => kernel::<TABLE>(strip, groups, outputs, out),
+        Codes::Bytes => kernel::<BYTES>(strip, groups, outputs, out),
     }
 }
 
 /// Group after group; in a group tile after tile, while the next group is fetched, its columns one after the other:
 /// in runs that the memory system can follow.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
+fn kernel<const KIND: u8>(
+    strip: &ColumnStrip<'_>,
+    mut groups: Groups<'_>,
+    outputs: Range<usize>,
+    out: &mut [f32],
+) {
     let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
-    let tiles = strip.width.div_ceil(TILE);
-    let mut all_sums = 0f32;
-    let mut at = chosen.start as usize;
-    let Some(g) = chosen.groups.first() else { return };
-    Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]).lines(usize::MAX);
-    for (i, g) in chosen.groups.iter().enumerate() {
-        let bundles = &chosen.bundles[at..g.end as usize];
-        at = g.end as usize;
-        let mut next = match chosen.groups.get(i + 1) {
-            Some(g) => Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]),
-            None => Fetch::new(strip, g, &[]),
-        };
-        let group = Group::new(strip, g, bundles, next.all().div_ceil(tiles * bundles.len()));
-        all_sums += group.sum;
-        for tile in 0..tiles {
-            if strip.width - tile * TILE >= TILE {
-                one_tile::<KIND, 16>(&group, &whole, tile, &mut next, out);
+    let first = outputs.start / TILE;
+    let mut ahead = groups.take();
+    groups.fetch(ahead.as_ref(), 1).step();
+    while let Some(group) = ahead {
+        ahead = groups.take();
+        let mut next = groups.fetch(ahead.as_ref(), outputs.len().div_ceil(TILE) * group.bundles.len());
+        for (i, out) in out.chunks_mut(TILE).enumerate() {
+            if out.len() == TILE {
+                one_tile::<KIND, 16>(&group, &whole, first + i, &mut next, out);
             } else {
-                one_tile::<KIND, 8>(&group, &half, tile, &mut next, out);
+                one_tile::<KIND, 8>(&group, &half, first + i, &mut next, out);
             }
         }
     }
-    finish(strip, all_sums, out);
 }
 
 /// How the high bits of a tile of `A` sum registers are brought above the nibbles.
@@ -151,7 +149,7 @@ fn one_tile<const KIND: u8, const A: usize>(
         }
     }
     for (bundle, columns) in group.bundles.iter().zip(&group.columns) {
-        next.lines(group.ahead);
+        next.step();
         add_bundle::<KIND, A>(columns, (low_at, high_at), high, bundle, &mut dots);
     }
     if KIND == NIBBLES {
@@ -159,7 +157,7 @@ fn one_tile<const KIND: u8, const A: usize>(
             pair[1] = _mm512_srai_epi32::<4>(pair[1]);
         }
     }
-    add_group(group, tile * TILE, &dots, &mut out[tile * TILE..][..A * 16]);
+    add_group(group, tile * TILE, &dots, out);
 }
 
 /// `out += scale * dots + min * sum of activations` in units of the factors, for the outputs from `at` on.
@@ -261,20 +259,4 @@ fn store(floats: &mut [f32], a: usize, v: __m512) {
     let floats: &mut [f32; 16] = floats[16 * a..].first_chunk_mut().expect("16 floats");
     // SAFETY: 64 writable bytes; the store has no alignment.
     unsafe { _mm512_storeu_ps(floats.as_mut_ptr(), v) }
-}
-
-/// From sums in units of the factors to sums of weights.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn finish(strip: &ColumnStrip<'_>, all: f32, out: &mut [f32]) {
-    let width = strip.width;
-    let (factors, ratios) = strip.heads.split_at(width);
-    let zeros = _mm512_set1_ps(strip.zeros[1] * all);
-    for a in 0..width / 16 {
-        let mut sum = load(out, a);
-        if strip.has_min {
-            sum = _mm512_fnmadd_ps(load(ratios, a), zeros, sum);
-        }
-        store(out, a, _mm512_mul_ps(sum, load(factors, a)));
-    }
 }
