@@ -1,50 +1,94 @@
 //! Matrices in column form, and their products with the chosen columns only.
 
-use std::io;
 use std::ops::Range;
-
-use memmap2::MmapMut;
+use std::sync::Arc;
 
 use super::Compute;
 use crate::kernels::columns::finish;
 use crate::kernels::{ColumnList, Kernels};
+use crate::memory::{MemoryError, Pages};
 use crate::quant::Matrix;
-use crate::quant::columns::{ColumnLayout, PackScratch, Ranges, TILE, heads_of, pack};
+use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, heads_of, pack};
 
-/// Rows of activations up to which products by column pay: each reads the chosen columns anew, where the dense
-/// product reads a panel once for all.
-pub const COLUMN_ROWS: usize = 1;
-/// Tiles of a chunk, if the number of threads does not speak against it: a core fetches long runs faster.
-const CHUNK: usize = 8;
-/// Most tiles of a chunk: their sums stay in the L1 cache.
-const MOST_TILES: usize = 12;
+/// Bytes of a matrix that are a chunk of its product: few enough that threads end together, and many more than the
+/// sums that each chunk leaves.
+const PART_BYTES: usize = 3 << 19;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Least parts of a product: each of a few threads has one.
+const LEAST_PARTS: usize = 4;
+/// Outputs of a chunk of what follows the parts.
+const FINISHED: usize = 1024;
 
-/// A matrix in the column form of [`quant::columns`](crate::quant::columns), in memory of its own.
+/// Memory for matrices in column form, in huge pages: with small ones, columns that lie apart miss the TLB.
+pub struct ColumnMemory {
+    bytes: Pages<u8>,
+    used: usize,
+}
+
+impl ColumnMemory {
+    /// Room for matrices of these layouts.
+    ///
+    /// # Errors
+    /// The system gives no memory.
+    pub fn new<'l>(layouts: impl Iterator<Item = &'l ColumnLayout>) -> Result<Self, MemoryError> {
+        let bytes = layouts.map(|l| (0..l.strips()).map(|s| strip_bytes(l, s)).sum::<usize>()).sum();
+        Ok(Self { bytes: Pages::try_zeroed(bytes)?, used: 0 })
+    }
+
+    /// The finished memory, to be shared by its matrices.
+    pub fn finish(self) -> Arc<Pages<u8>> {
+        Arc::new(self.bytes)
+    }
+}
+
+/// Whole huge pages would be too much for small matrices, but a line should be one.
+fn strip_bytes(layout: &ColumnLayout, strip: usize) -> usize {
+    (layout.spans() * layout.span_bytes(strip)).next_multiple_of(LINE)
+}
+
+/// A matrix in the column form of [`quant::columns`](crate::quant::columns).
 pub struct ColumnMatrix {
+    layout: ColumnLayout,
+    strips: Vec<Strip>,
+    memory: Arc<Pages<u8>>,
+}
+
+/// A matrix that has its place in a [`ColumnMemory`].
+pub struct PackedColumns {
     layout: ColumnLayout,
     strips: Vec<Strip>,
 }
 
 struct Strip {
     heads: Vec<f32>,
-    groups: MmapMut,
+    /// Where its groups are.
+    place: Range<usize>,
+}
+
+impl PackedColumns {
+    /// Lays `matrix` out by columns.
+    ///
+    /// # Panics
+    /// If the layout is not the matrix's, or was not among those that `memory` was made for.
+    pub fn new(
+        on: Compute<'_>,
+        matrix: &Matrix<'_>,
+        layout: &ColumnLayout,
+        memory: &mut ColumnMemory,
+    ) -> Self {
+        let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
+        let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, layout, s, memory, &mut scratch));
+        Self { layout: layout.clone(), strips: strips.collect() }
+    }
+
+    /// The matrix, which reads the memory that it was packed into.
+    pub fn read(self, memory: &Arc<Pages<u8>>) -> ColumnMatrix {
+        ColumnMatrix { layout: self.layout, strips: self.strips, memory: memory.clone() }
+    }
 }
 
 impl ColumnMatrix {
-    /// Lays `matrix` out by columns; `None` if its type is not quantised.
-    ///
-    /// # Errors
-    /// The system gives no memory: [`bytes`](Self::bytes) of them are needed, about as many as the matrix has.
-    pub fn new(on: Compute<'_>, matrix: &Matrix<'_>) -> io::Result<Option<Self>> {
-        let Some(layout) = ColumnLayout::new(matrix.ty(), matrix.rows_len(), matrix.cols()) else {
-            return Ok(None);
-        };
-        let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
-        let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, &layout, s, &mut scratch));
-        let strips = strips.collect::<io::Result<_>>()?;
-        Ok(Some(Self { layout, strips }))
-    }
-
     /// The layout.
     pub fn layout(&self) -> &ColumnLayout {
         &self.layout
@@ -52,44 +96,59 @@ impl ColumnMatrix {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.strips.iter().map(|s| s.groups.len() + 4 * s.heads.len()).sum()
+        self.strips.iter().map(|s| s.place.len() + 4 * s.heads.len()).sum()
     }
 
-    /// The outputs `wanted` of the product with the chosen columns, plus those of `bias`, if that is not empty.
-    fn product(
-        &self,
-        kernels: Kernels,
-        list: &ColumnList,
-        bias: &[f32],
-        wanted: Range<usize>,
-        out: &mut [f32],
-    ) {
-        let mut sums = [0f32; MOST_TILES * TILE];
-        for (s, Strip { heads, groups }) in self.strips.iter().enumerate() {
-            let strip = self.layout.outputs_of(s);
-            let both = strip.start.max(wanted.start)..strip.end.min(wanted.end);
-            if both.is_empty() {
-                continue;
-            }
-            let view = self.layout.view(s, heads, groups);
-            let first = both.start - strip.start;
-            // What the kernel computes of a last tile that is not full is dropped.
-            let end = if both.end == strip.end { view.width } else { both.end - strip.start };
-            let sums = &mut sums[..end - first];
-            sums.fill(0.0);
-            kernels.columns(view, list, 0..self.layout.groups(), first..end, sums);
-            let sums = &mut sums[..both.len()];
-            finish(view, list, first, sums);
-            let out = &mut out[both.start - wanted.start..][..both.len()];
-            match bias {
-                [] => out.copy_from_slice(sums),
-                bias => {
-                    let bias = &bias[both.start..both.end];
-                    out.iter_mut()
-                        .zip(sums.iter().zip(bias))
-                        .for_each(|(out, (sum, bias))| *out = sum + bias);
-                }
-            }
+    /// Parts of the columns whose products are summed apart: they depend on the matrix alone, and so does the result.
+    fn parts(&self) -> usize {
+        let parts = self.bytes().div_ceil(PART_BYTES).max(LEAST_PARTS).min(self.layout.groups());
+        self.layout.groups().div_ceil(self.layout.groups().div_ceil(parts))
+    }
+
+    /// Floats of a part's sums: the outputs, padded as the last strip is.
+    fn padded(&self) -> usize {
+        let strips = self.layout.strips();
+        self.layout.outputs_of(strips - 1).start + self.layout.width(strips - 1)
+    }
+
+    /// Floats that a product's sums take.
+    pub fn sums(&self) -> usize {
+        self.parts() * self.padded()
+    }
+
+    fn view(&self, strip: usize) -> ColumnStrip<'_> {
+        let Strip { heads, place } = &self.strips[strip];
+        self.layout.view(strip, heads, &self.memory[place.clone()])
+    }
+
+    /// The product of the chosen columns of `part` with the outputs of the strip that begins at `first`, in units of
+    /// the outputs' factors.
+    fn part(&self, kernels: Kernels, list: &ColumnList, part: usize, first: usize, sums: &mut [f32]) {
+        let strip = first / self.layout.outputs_of_first();
+        let groups = self.layout.groups();
+        let step = groups.div_ceil(self.parts());
+        sums.fill(0.0);
+        let groups = part * step..((part + 1) * step).min(groups);
+        kernels.columns(self.view(strip), list, groups, 0..sums.len(), sums);
+    }
+
+    /// From the sums of all parts to the outputs from `first` on, plus those of `bias`, if that is not empty.
+    fn finish(&self, list: &ColumnList, sums: &[f32], bias: &[f32], first: usize, out: &mut [f32]) {
+        let (n, all) = (self.padded(), out.len());
+        out.copy_from_slice(&sums[first..][..all]);
+        for part in sums.chunks_exact(n).skip(1) {
+            out.iter_mut().zip(&part[first..][..all]).for_each(|(out, sum)| *out += sum);
+        }
+        let most = self.layout.outputs_of_first();
+        let mut at = 0;
+        while at < all {
+            let (strip, in_strip) = ((first + at) / most, (first + at) % most);
+            let n = (most - in_strip).min(all - at);
+            finish(self.view(strip), list, in_strip, &mut out[at..][..n]);
+            at += n;
+        }
+        if !bias.is_empty() {
+            out.iter_mut().zip(&bias[first..][..all]).for_each(|(out, bias)| *out += bias);
         }
     }
 }
@@ -100,8 +159,9 @@ impl Strip {
         matrix: &Matrix<'_>,
         layout: &ColumnLayout,
         strip: usize,
+        memory: &mut ColumnMemory,
         scratch: &mut [PackScratch],
-    ) -> io::Result<Self> {
+    ) -> Self {
         let span = layout.span_bytes(strip);
         let outputs = layout.outputs_of(strip);
         let mut ranges = vec![Ranges::default(); outputs.len()];
@@ -111,73 +171,81 @@ impl Strip {
             }
         });
         let heads = heads_of(layout, strip, &ranges);
-        let mut groups = MmapMut::map_anon(layout.spans() * span)?;
-        // Advice: with small pages nearly every column would miss the TLB.
-        #[cfg(target_os = "linux")]
-        let _ = groups.advise(memmap2::Advice::HugePage);
-        on.team.for_tiles(&mut groups[..], span, (1, span), scratch, |scratch, mut tile| {
+        let place = memory.used..memory.used + layout.spans() * span;
+        memory.used += strip_bytes(layout, strip);
+        let groups = &mut memory.bytes[place.clone()];
+        on.team.for_tiles(groups, span, (1, span), scratch, |scratch, mut tile| {
             let i = tile.rows().start;
             pack(layout, matrix, (strip, i), &heads, tile.row(i), scratch);
         });
-        Ok(Self { heads, groups })
+        Self { heads, place }
     }
 }
 
-/// Outputs of a chunk, in whole tiles: such that the threads come out even, and the runs that are read of a column
-/// are about as long as [`CHUNK`].
-fn chunk(on: Compute<'_>, outputs: usize) -> usize {
-    let (tiles, threads) = (outputs.div_ceil(TILE), on.team.active());
-    let longest = |chunk: &usize| tiles.div_ceil(*chunk).div_ceil(threads) * chunk;
-    let chunk = (1..=MOST_TILES).rev().min_by_key(|chunk| (longest(chunk), chunk.abs_diff(*CHUNKV)));
-    chunk.unwrap_or(1) * TILE
+/// Buffers of products by columns.
+#[derive(Default)]
+pub struct ColumnScratch {
+    /// Sums of the parts of one product, or of two: `[parts][outputs, padded]`.
+    sums: Vec<f32>,
 }
-static CHUNKV: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("SKC").ok().and_then(|v| v.parse().ok()).unwrap_or(CHUNK));
 
-/// `out[t] = W x[t] + bias` where `lists[t]` has what is not zero of `x[t]`; an empty bias: none.
+impl ColumnScratch {
+    /// Makes room for a product with any of `matrices`, or with two of them at once.
+    pub fn reserve<'m>(&mut self, matrices: impl Iterator<Item = &'m ColumnMatrix>) {
+        let most = matrices.map(ColumnMatrix::sums).max().unwrap_or(0);
+        self.sums.resize(self.sums.len().max(2 * most), 0.0);
+    }
+}
+
+/// `out = W x + bias` where `list` has what is not zero of `x`; an empty bias: none.
 pub fn matmul_columns(
     on: Compute<'_>,
     matrix: &ColumnMatrix,
-    lists: &[ColumnList],
+    list: &ColumnList,
     bias: &[f32],
+    scratch: &mut ColumnScratch,
     out: &mut [f32],
 ) {
-    let outputs = matrix.layout.outputs();
-    let tile = (lists.len(), chunk(on, outputs));
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, tile, |mut tile| {
-        let cols = tile.cols();
-        for (t, list) in lists.iter().enumerate() {
-            matrix.product(on.kernels, list, bias, cols.clone(), tile.row(t));
-        }
+    let sums = &mut scratch.sums[..matrix.sums()];
+    on.team.for_plain_tiles(sums, matrix.padded(), (1, matrix.layout.outputs_of_first()), |mut tile| {
+        let (part, first) = (tile.rows().start, tile.cols().start);
+        matrix.part(on.kernels, list, part, first, tile.row(part));
+    });
+    on.team.for_plain_tiles(out, matrix.layout.outputs(), (1, FINISHED), |mut tile| {
+        matrix.finish(list, sums, bias, tile.cols().start, tile.row(0));
     });
 }
 
-/// `out[t] = then(t, silu(gate x[t]) * (up x[t]))`, as [`matmul_columns`]; `bias` is that of gate and then of up.
+/// `out = then(silu(gate x) * (up x))`, as [`matmul_columns`]; `bias` is that of gate and then of up.
 ///
-/// `then(t, first, values)` is shown the outputs of row `t` from `first` on, part by part.
+/// `then(first, values)` is shown the outputs from `first` on, part by part.
 #[allow(clippy::too_many_arguments)] // what a product takes, and what follows it
 pub fn swiglu_columns(
     on: Compute<'_>,
     gate: &ColumnMatrix,
     up: &ColumnMatrix,
-    lists: &[ColumnList],
+    list: &ColumnList,
     bias: &[f32],
+    scratch: &mut ColumnScratch,
     out: &mut [f32],
-    then: impl Fn(usize, usize, &mut [f32]) + Sync,
+    then: impl Fn(usize, &mut [f32]) + Sync,
 ) {
-    let outputs = gate.layout.outputs();
+    let (outputs, parts) = (gate.layout.outputs(), gate.parts());
+    let sums = &mut scratch.sums[..gate.sums() + up.sums()];
+    on.team.for_plain_tiles(sums, gate.padded(), (1, gate.layout.outputs_of_first()), |mut tile| {
+        let (row, first) = (tile.rows().start, tile.cols().start);
+        let (matrix, part) = if row < parts { (gate, row) } else { (up, row - parts) };
+        matrix.part(on.kernels, list, part, first, tile.row(row));
+    });
+    let (of_gate, of_up) = sums.split_at(gate.sums());
     let (gate_bias, up_bias) = bias.split_at(bias.len() / 2);
-    let tile = (lists.len(), chunk(on, outputs));
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, tile, |mut tile| {
-        let cols = tile.cols();
-        let mut of_up = [0f32; MOST_TILES * TILE];
-        let of_up = &mut of_up[..cols.len()];
-        for (t, list) in lists.iter().enumerate() {
-            let out = tile.row(t);
-            gate.product(on.kernels, list, gate_bias, cols.clone(), out);
-            up.product(on.kernels, list, up_bias, cols.clone(), of_up);
-            on.kernels.silu_mul(out, of_up);
-            then(t, cols.start, out);
-        }
+    on.team.for_plain_tiles(out, outputs, (1, FINISHED), |mut tile| {
+        let (first, out) = (tile.cols().start, tile.row(0));
+        let mut values = [0f32; FINISHED];
+        let values = &mut values[..out.len()];
+        gate.finish(list, of_gate, gate_bias, first, out);
+        up.finish(list, of_up, up_bias, first, values);
+        on.kernels.silu_mul(out, values);
+        then(first, out);
     });
 }

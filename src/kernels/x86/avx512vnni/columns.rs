@@ -1,48 +1,119 @@
 //! Products with chosen columns: four columns at a time, interleaved in registers.
+//!
+//! # Order
+//! A core reads at full speed where it follows several runs of kilobytes side by side and asks for them a few lines
+//! ahead (docs/experiments.md). So a group is not taken tile by tile, but eight columns at a time from their first to
+//! their last byte, while the integer sums of the strip's outputs wait in the cache.
 
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::blocks::lanes;
 use crate::kernels::columns::{Bundle, Chosen};
 use crate::kernels::x86::IQ4_VALUES;
-use crate::kernels::x86::columns::{BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE};
-use crate::quant::columns::{Codes, ColumnStrip, TILE};
+use crate::kernels::x86::columns::{BYTES, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE};
+use crate::quant::columns::{Codes, ColumnStrip, STRIP, TILE};
+
+/// Bundles that are taken side by side: eight columns halve the traffic of the sums.
+const BESIDE: usize = 2;
+/// How many bytes ahead of its use a line is asked for.
+const AHEAD: usize = 8 * 64;
+/// The same of scales and mins.
+const SCALES_AHEAD: usize = 4 * 64;
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
     let groups = Groups::new(strip, chosen, &outputs);
     match strip.codes {
-        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, groups, outputs, out),
-        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, groups, outputs, out),
-        Codes::Table => kernel::<TABLE>(strip, groups, outputs, out),
-        Codes::Bytes => kernel::<BYTES>(strip, groups, outputs, out),
+        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, groups, outputs.start, out),
+        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, groups, outputs.start, out),
+        Codes::Table => kernel::<TABLE>(strip, groups, outputs.start, out),
+        Codes::Bytes => kernel::<BYTES>(strip, groups, outputs.start, out),
     }
 }
 
-/// Group after group; in a group tile after tile, while the next group is fetched, its columns one after the other:
-/// in runs that the memory system can follow.
+/// Integer sums of a group: those of a tile, for each tile. A group's first pass writes what its later ones read.
+#[repr(align(64))]
+struct Sums([MaybeUninit<i32>; STRIP]);
+
+/// Bundles of a group that are taken together.
+struct Pass<'g> {
+    group: &'g Group<'g>,
+    /// The first of them.
+    at: usize,
+    /// Whether they are the group's first, and its last.
+    first: bool,
+    last: bool,
+    /// The columns that come after them.
+    next: &'g [*const u8],
+    /// Where the low and the high parts of columns that are wanted begin and end.
+    parts: [(usize, usize); 2],
+}
+
+impl Pass<'_> {
+    /// Asks for what comes [`AHEAD`] of byte `at` of low or high parts of `columns`.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn fetch(&self, part: usize, at: usize, columns: &[*const u8]) {
+        let (begin, end) = self.parts[part];
+        let to = at + AHEAD.min(end - begin);
+        let (columns, to) = if to < end { (columns, to) } else { (self.next, to - end + begin) };
+        for column in columns {
+            _mm_prefetch::<_MM_HINT_T0>(column.wrapping_add(to).cast());
+        }
+    }
+}
+
+/// Group after group.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn kernel<const KIND: u8>(
-    strip: &ColumnStrip<'_>,
-    mut groups: Groups<'_>,
-    outputs: Range<usize>,
-    out: &mut [f32],
-) {
-    let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
-    let first = outputs.start / TILE;
+fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, mut groups: Groups<'_>, first: usize, out: &mut [f32]) {
+    let high = (High::new::<16>(strip), High::new::<8>(strip));
+    let (from, to) = (first, first + out.len());
+    let parts = match strip.codes {
+        Codes::Bytes => [(from, to), (0, 0)],
+        Codes::Table => [(from / 2, to / 2), (0, 0)],
+        Codes::Nibbles { high } => {
+            [(from / 2, to / 2), (strip.low_bytes + from * high / 8, strip.low_bytes + to * high / 8)]
+        }
+    };
+    let mut sums = Sums([MaybeUninit::uninit(); STRIP]);
     let mut ahead = groups.take();
-    groups.fetch(ahead.as_ref(), 1).step();
     while let Some(group) = ahead {
         ahead = groups.take();
-        let mut next = groups.fetch(ahead.as_ref(), outputs.len().div_ceil(TILE) * group.bundles.len());
-        for (i, out) in out.chunks_mut(TILE).enumerate() {
-            if out.len() == TILE {
-                one_tile::<KIND, 16>(&group, &whole, first + i, &mut next, out);
+        let of_next = ahead.as_ref().map_or(&[][..], |next| &next.columns[..BESIDE.min(next.bundles.len())]);
+        let bundles = group.bundles.len();
+        for at in (0..bundles).step_by(BESIDE) {
+            let end = at + BESIDE;
+            let next = if end < bundles { &group.columns[end..bundles.min(end + BESIDE)] } else { of_next };
+            let (first_pass, last) = (at == 0, end >= bundles);
+            let next = next.as_flattened();
+            let pass = Pass { group: &group, at, first: first_pass, last, next, parts };
+            if end <= bundles {
+                all_tiles::<KIND, BESIDE>(&pass, &high, first / TILE, &mut sums, out);
             } else {
-                one_tile::<KIND, 8>(&group, &half, first + i, &mut next, out);
+                all_tiles::<KIND, 1>(&pass, &high, first / TILE, &mut sums, out);
             }
+        }
+    }
+}
+
+/// Some bundles times all outputs, those from tile `first` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn all_tiles<const KIND: u8, const N: usize>(
+    pass: &Pass<'_>,
+    (whole, half): &(High, High),
+    first: usize,
+    sums: &mut Sums,
+    out: &mut [f32],
+) {
+    for (i, (out, sums)) in out.chunks_mut(TILE).zip(sums.0.chunks_mut(TILE)).enumerate() {
+        if out.len() == TILE {
+            one_tile::<KIND, N, 16>(pass, whole, first + i, sums, out);
+        } else {
+            one_tile::<KIND, N, 8>(pass, half, first + i, sums, out);
         }
     }
 }
@@ -125,39 +196,115 @@ fn high_lines(columns: &[*const u8; 4], at: usize, bytes: usize) -> [__m512i; 4]
     interleave(x)
 }
 
-/// A group times the outputs of a tile, `A` sum registers of 16.
+/// Some bundles times the outputs of a tile, `A` sum registers of 16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn one_tile<const KIND: u8, const A: usize>(
-    group: &Group<'_>,
+fn one_tile<const KIND: u8, const N: usize, const A: usize>(
+    pass: &Pass<'_>,
     high: &High,
     tile: usize,
-    next: &mut Fetch<'_>,
+    sums: &mut [MaybeUninit<i32>],
     out: &mut [f32],
 ) {
+    let Pass { group, at, .. } = *pass;
     let strip = group.strip;
-    let low_at = if KIND == BYTES { tile * TILE } else { tile * TILE / 2 };
-    let high_at = match strip.codes {
-        Codes::Nibbles { high } if KIND == NIBBLES_AND_HIGH => strip.low_bytes + tile * TILE * high / 8,
-        _ => 0,
-    };
-    let mut dots = [_mm512_set1_epi32(group.start); A];
-    if KIND == NIBBLES {
-        // High nibbles are not shifted down but count 16 times.
-        for pair in dots.as_chunks_mut::<2>().0 {
-            pair[1] = _mm512_set1_epi32(16 * group.start);
+    let columns = group.columns[at..at + N].as_flattened();
+    let mut top = [[_mm512_setzero_si512(); 4]; N];
+    if let (Codes::Nibbles { high: bits }, true) = (strip.codes, KIND == NIBBLES_AND_HIGH) {
+        let high_at = strip.low_bytes + tile * TILE * bits / 8;
+        pass.fetch(1, high_at, columns);
+        for n in 0..N {
+            top[n] = high_lines(&group.columns[at + n], high_at, high.bytes);
         }
     }
-    for (bundle, columns) in group.bundles.iter().zip(&group.columns) {
-        next.step();
-        add_bundle::<KIND, A>(columns, (low_at, high_at), high, bundle, &mut dots);
+    if KIND == BYTES {
+        for line in 0..A / 4 {
+            let mut dots = [_mm512_setzero_si512(); 4];
+            pass.fetch(0, tile * TILE + 64 * line, columns);
+            begin::<KIND, 4>(pass, (tile, line), sums, &mut dots);
+            for n in 0..N {
+                let low_at = tile * TILE + 64 * line;
+                let x = low_line(&group.columns[at + n], low_at);
+                let acts = _mm512_set1_epi32(group.bundles[at + n].acts as i32);
+                for k in 0..4 {
+                    dots[k] = _mm512_dpbusd_epi32(dots[k], x[k], acts);
+                }
+            }
+            end::<KIND, 4>(pass, tile, line, dots, sums, out);
+        }
+        return;
+    }
+    for line in 0..A / 8 {
+        let mut dots = [_mm512_setzero_si512(); 8];
+        pass.fetch(0, tile * TILE / 2 + 64 * line, columns);
+        begin::<KIND, 8>(pass, (tile, line), sums, &mut dots);
+        for n in 0..N {
+            let low_at = tile * TILE / 2 + 64 * line;
+            let x = low_line(&group.columns[at + n], low_at);
+            let turn = [high.turn[2 * line], high.turn[2 * line + 1]];
+            add_line::<KIND>(&x, &top[n], (&turn, high.mask), &group.bundles[at + n], &mut dots);
+        }
+        end::<KIND, 8>(pass, tile, line, dots, sums, out);
+    }
+}
+
+/// What the sums of a line of a tile begin with.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn begin<const KIND: u8, const R: usize>(
+    pass: &Pass<'_>,
+    (tile, line): (usize, usize),
+    sums: &[MaybeUninit<i32>],
+    dots: &mut [__m512i; R],
+) {
+    if pass.first {
+        // The scales and mins of these outputs are needed at the end of the last pass; beyond their end is what is
+        // needed anyway.
+        let strip = pass.group.strip;
+        let scales = pass.group.bytes.as_ptr().wrapping_add(tile * TILE + 16 * R * line + SCALES_AHEAD);
+        for line in (0..16 * R).step_by(64) {
+            _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(line).cast());
+            if strip.has_min {
+                _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(strip.width + line).cast());
+            }
+        }
+    }
+    let start = _mm512_set1_epi32(pass.group.start);
+    // High nibbles are not shifted down but count 16 times.
+    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * pass.group.start) } else { start };
+    for a in 0..R {
+        dots[a] = match pass.first {
+            true if a % 2 == 0 => start,
+            true => of_high,
+            false => load_sums(sums, R * line + a),
+        };
+    }
+}
+
+/// Puts the sums of a line of a tile aside, or, if they are complete, adds them to the outputs.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn end<const KIND: u8, const R: usize>(
+    pass: &Pass<'_>,
+    tile: usize,
+    line: usize,
+    mut dots: [__m512i; R],
+    sums: &mut [MaybeUninit<i32>],
+    out: &mut [f32],
+) {
+    if !pass.last {
+        for a in 0..R {
+            store_sums(sums, R * line + a, dots[a]);
+        }
+        return;
     }
     if KIND == NIBBLES {
         for pair in dots.as_chunks_mut::<2>().0 {
             pair[1] = _mm512_srai_epi32::<4>(pair[1]);
         }
     }
-    add_group(group, tile * TILE, &dots, out);
+    let outputs = 16 * R;
+    add_group(pass.group, tile * TILE + line * outputs, &dots, &mut out[line * outputs..][..outputs]);
 }
 
 /// `out += scale * dots + min * sum of activations` in units of the factors, for the outputs from `at` on.
@@ -187,51 +334,37 @@ fn add_group<const A: usize>(group: &Group<'_>, at: usize, dots: &[__m512i; A], 
     }
 }
 
-/// `dots += codes * activations` for the four columns of a bundle.
+/// `dots += codes * activations` for a line of the four columns of a bundle.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_bundle<const KIND: u8, const A: usize>(
-    columns: &[*const u8; 4],
-    (low_at, high_at): (usize, usize),
-    high: &High,
+fn add_line<const KIND: u8>(
+    quarters: &[__m512i; 4],
+    top: &[__m512i; 4],
+    (turn, mask): (&[__m512i; 2], __m512i),
     b: &Bundle,
-    dots: &mut [__m512i; A],
+    dots: &mut [__m512i; 8],
 ) {
     let acts = _mm512_set1_epi32(b.acts as i32);
-    if KIND == BYTES {
-        for line in 0..A / 4 {
-            let x = low_line(columns, low_at + 64 * line);
-            for k in 0..4 {
-                dots[4 * line + k] = _mm512_dpbusd_epi32(dots[4 * line + k], x[k], acts);
-            }
-        }
-        return;
-    }
     let nibble = _mm512_set1_epi8(15);
-    let top = if KIND == NIBBLES_AND_HIGH { high_lines(columns, high_at, high.bytes) } else { [nibble; 4] };
-    for line in 0..A / 8 {
-        let quarters = low_line(columns, low_at + 64 * line);
-        for k in 0..4 {
-            let (x, a) = (quarters[k], 8 * line + 2 * k);
-            let (mut even, mut odd) = (_mm512_and_si512(x, nibble), _mm512_andnot_si512(nibble, x));
-            if KIND != NIBBLES {
-                odd = _mm512_and_si512(_mm512_srli_epi16::<4>(x), nibble);
-            }
-            if KIND == TABLE {
-                // SAFETY: 16 readable bytes.
-                let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) });
-                (even, odd) = (_mm512_shuffle_epi8(table, even), _mm512_shuffle_epi8(table, odd));
-            }
-            if KIND == NIBBLES_AND_HIGH {
-                // nibble | turned & mask
-                let t0 = _mm512_rolv_epi32(top[k], high.turn[2 * line]);
-                let t1 = _mm512_rolv_epi32(top[k], high.turn[2 * line + 1]);
-                even = _mm512_ternarylogic_epi32::<0xf8>(even, t0, high.mask);
-                odd = _mm512_ternarylogic_epi32::<0xf8>(odd, t1, high.mask);
-            }
-            dots[a] = _mm512_dpbusd_epi32(dots[a], even, acts);
-            dots[a + 1] = _mm512_dpbusd_epi32(dots[a + 1], odd, acts);
+    for k in 0..4 {
+        let x = quarters[k];
+        let (mut even, mut odd) = (_mm512_and_si512(x, nibble), _mm512_andnot_si512(nibble, x));
+        if KIND != NIBBLES {
+            odd = _mm512_and_si512(_mm512_srli_epi16::<4>(x), nibble);
         }
+        if KIND == TABLE {
+            // SAFETY: 16 readable bytes.
+            let table = _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(IQ4_VALUES.as_ptr().cast()) });
+            (even, odd) = (_mm512_shuffle_epi8(table, even), _mm512_shuffle_epi8(table, odd));
+        }
+        if KIND == NIBBLES_AND_HIGH {
+            // nibble | turned & mask
+            let (t0, t1) = (_mm512_rolv_epi32(top[k], turn[0]), _mm512_rolv_epi32(top[k], turn[1]));
+            even = _mm512_ternarylogic_epi32::<0xf8>(even, t0, mask);
+            odd = _mm512_ternarylogic_epi32::<0xf8>(odd, t1, mask);
+        }
+        dots[2 * k] = _mm512_dpbusd_epi32(dots[2 * k], even, acts);
+        dots[2 * k + 1] = _mm512_dpbusd_epi32(dots[2 * k + 1], odd, acts);
     }
 }
 
@@ -259,4 +392,21 @@ fn store(floats: &mut [f32], a: usize, v: __m512) {
     let floats: &mut [f32; 16] = floats[16 * a..].first_chunk_mut().expect("16 floats");
     // SAFETY: 64 writable bytes; the store has no alignment.
     unsafe { _mm512_storeu_ps(floats.as_mut_ptr(), v) }
+}
+
+/// The `a`-th 16 sums, which the group's first pass has written.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load_sums(sums: &[MaybeUninit<i32>], a: usize) -> __m512i {
+    let sums: &[MaybeUninit<i32>; 16] = sums[16 * a..].first_chunk().expect("16 sums");
+    // SAFETY: 64 readable bytes, written in the group's first pass, which is not this one; the load has no alignment.
+    unsafe { _mm512_loadu_si512(sums.as_ptr().cast()) }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_sums(sums: &mut [MaybeUninit<i32>], a: usize, v: __m512i) {
+    let sums: &mut [MaybeUninit<i32>; 16] = sums[16 * a..].first_chunk_mut().expect("16 sums");
+    // SAFETY: 64 writable bytes; the store has no alignment.
+    unsafe { _mm512_storeu_si512(sums.as_mut_ptr().cast(), v) }
 }
