@@ -153,7 +153,7 @@ fn nonzero(q: &[i8]) -> u32 {
 }
 
 impl Kernels {
-    /// `out[i] += sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o = outputs.start + i` of a
+    /// `out[i] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o = outputs.start + i` of a
     /// strip, but for the factors and zeros that [`finish`] brings in.
     ///
     /// # Panics
@@ -210,6 +210,7 @@ pub fn finish(strip: ColumnStrip<'_>, list: &ColumnList, first: usize, sums: &mu
 /// Plain code for every CPU.
 pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
     let zero = i32::from(zero_point(strip.ty));
+    out.fill(0.0);
     let mut start = chosen.start;
     for g in chosen.groups {
         let (sum, group) = (g.scale * g.sum as f32, g.group as usize);

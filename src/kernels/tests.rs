@@ -190,7 +190,7 @@ fn by_columns(
     groups: std::ops::Range<usize>,
     outputs: usize,
 ) -> Vec<f32> {
-    let mut out = vec![0f32; strip.width];
+    let mut out = vec![f32::NAN; strip.width];
     for (i, out) in out.chunks_mut(outputs).enumerate() {
         let first = i * outputs;
         k.columns(strip, list, groups.clone(), first..first + out.len(), out);

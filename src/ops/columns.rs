@@ -10,9 +10,9 @@ use crate::memory::{MemoryError, Pages};
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, heads_of, pack};
 
-/// Bytes of a matrix that are a chunk of its product: few enough that threads end together, and many more than the
-/// sums that each chunk leaves.
-const PART_BYTES: usize = 3 << 19;
+/// Bytes of a matrix that are a chunk of its product, about: few enough that threads end together, and many more than
+/// the sums that each chunk leaves.
+const PART_BYTES: usize = 3 << 20;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Least parts of a product: each of a few threads has one.
@@ -101,8 +101,9 @@ impl ColumnMatrix {
 
     /// Parts of the columns whose products are summed apart: they depend on the matrix alone, and so does the result.
     fn parts(&self) -> usize {
-        let parts = self.bytes().div_ceil(PART_BYTES).max(LEAST_PARTS).min(self.layout.groups());
-        self.layout.groups().div_ceil(self.layout.groups().div_ceil(parts))
+        let parts = self.bytes().div_ceil(PART_BYTES).next_power_of_two().max(LEAST_PARTS);
+        let groups = self.layout.groups();
+        groups.div_ceil(groups.div_ceil(parts))
     }
 
     /// Floats of a part's sums: the outputs, padded as the last strip is.
@@ -127,7 +128,6 @@ impl ColumnMatrix {
         let strip = first / self.layout.outputs_of_first();
         let groups = self.layout.groups();
         let step = groups.div_ceil(self.parts());
-        sums.fill(0.0);
         let groups = part * step..((part + 1) * step).min(groups);
         kernels.columns(self.view(strip), list, groups, 0..sums.len(), sums);
     }

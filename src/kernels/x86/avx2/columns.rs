@@ -296,6 +296,7 @@ macro_rules! instantiate {
                 multiply::add(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(acts, w))
             }
 
+            out.fill(0.0);
             let groups = Groups::new(strip, chosen, &outputs);
             match strip.codes {
                 Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, groups, outputs, out),
