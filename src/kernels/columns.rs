@@ -144,7 +144,7 @@ impl Touched {
 fn nonzero(q: &[i8]) -> u32 {
     let (eights, _) = q.as_chunks::<8>();
     eights.iter().enumerate().fold(0, |mask, (i, q)| {
-        let x = u64::from_le_bytes(q.map(|q| q as u8));
+        let x = u64::from_le_bytes(bytemuck::cast(*q));
         // The top bit of each byte that is not zero, then those bits side by side.
         let top = (((x & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | x) & 0x8080_8080_8080_8080;
         let bits = (top >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;

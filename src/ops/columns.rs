@@ -15,8 +15,8 @@ use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, head
 const PART_BYTES: usize = 3 << 20;
 /// Bytes of a cache line.
 const LINE: usize = 64;
-/// Least parts of a product: each of a few threads has one.
-const LEAST_PARTS: usize = 4;
+/// Least parts of a product. Of small matrices more would cost more than they share out.
+const LEAST_PARTS: usize = 2;
 /// Outputs of a chunk of what follows the parts.
 const FINISHED: usize = 1024;
 
