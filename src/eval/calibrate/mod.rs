@@ -2,8 +2,8 @@
 //!
 //! The first windows of the text are held out: on them the quality of what the rest taught is measured. Five stages:
 //! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; what an error of each of its
-//! sides costs, by cutting it alone (`sense`); the strengths at which policies skip given shares; the quality of some of
-//! those settings.
+//! sides costs, by cutting it alone (`sense`); the strengths at which policies skip given shares; the quality of some
+//! of those settings.
 
 mod depth;
 mod gather;

@@ -56,8 +56,8 @@ fn medians(samples: &[f32], n: usize) -> Vec<f32> {
 /// Least samples that a centre is taken from.
 const LEAST: usize = 8;
 
-/// Moves each centre to the mean of what is left out at a threshold for inputs and one for neurons: that is what it stands for, and the mean of all
-/// values, with their heavy tails, does worse than none.
+/// Moves each centre to the mean of what is left out at a threshold for inputs and one for neurons: that is what it
+/// stands for, and the mean of all values, with their heavy tails, does worse than none.
 pub(super) fn trim_centres(cut: &mut LayerCut, sums: &LayerSums, [inputs, inner]: [f32; 2]) {
     let factors = factors(&cut.depth, &sums.normed_samples, cut.inputs.weight.len());
     let sides =
