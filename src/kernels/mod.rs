@@ -35,6 +35,8 @@ pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::ops::Range;
+
 use crate::gguf::GgmlType;
 use crate::quant;
 use crate::quant::columns::ColumnStrip;
@@ -58,7 +60,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
-    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, Range<usize>, &mut [f32]),
     float: &'static float::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
@@ -209,7 +211,7 @@ impl Kernels {
         ty: GgmlType,
         weights: &[u8],
         row_bytes: usize,
-        cols: std::ops::Range<usize>,
+        cols: Range<usize>,
         panel: &mut Panel,
     ) {
         let (block, rows) = (ty.block_len(), weights.len() / row_bytes);
