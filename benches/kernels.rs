@@ -1,5 +1,5 @@
 //! The kernels on one thread: `dot` for every type, as fast as memory is read; several tokens the way matrix products
-//! take them, `dot_tokens` for a few and `gemm`, with the unpacking that it needs, for many.
+//! take them, `dot_tokens` for a few and, with the unpacking that it needs, `gemm` or a matrix unit for many.
 //!
 //! Scalar code is the reference that results are checked against; it is timed for one type.
 
@@ -11,8 +11,10 @@ use std::time::Duration;
 use common::{Random, assert_close, matrix, quantised_types, scalar};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use skiff::gguf::GgmlType;
+use skiff::kernels::tiles::{TILE, TileInputs, TilePanel, chunk_cols};
 use skiff::kernels::{Activations, Kernels, PANEL_COLS, PANEL_ROWS, Panel};
 use skiff::ops::GEMM_ROWS;
+use skiff::quant::dequantize_row;
 
 const COLS: usize = 4096;
 /// More than caches hold.
@@ -67,6 +69,37 @@ fn dot(criterion: &mut Criterion) {
     }
 }
 
+/// Rows of activations for a matrix unit.
+fn tiles(kernels: Kernels, values: &[f32]) -> TileInputs {
+    let mut tiles = TileInputs::default();
+    tiles.reshape(values.len() / COLS, COLS);
+    for (values, to) in values.chunks(TILE * COLS).zip(tiles.groups_mut()) {
+        kernels.pack_tiles(values, to);
+    }
+    tiles
+}
+
+/// `out[panel][token][row]` by a matrix unit, tokens padded to whole tiles.
+fn multiply_tiles(
+    kernels: Kernels,
+    ty: GgmlType,
+    weights: &[u8],
+    x: &TileInputs,
+    panel: &mut TilePanel,
+    out: &mut [f32],
+) {
+    let row_bytes = ty.row_bytes(COLS);
+    let outs = out.chunks_exact_mut(x.groups() * TILE * PANEL_ROWS);
+    for (weights, out) in weights.chunks_exact(PANEL_ROWS * row_bytes).zip(outs) {
+        out.fill(0.0);
+        for (chunk, col) in (0..COLS).step_by(chunk_cols(COLS)).enumerate() {
+            kernels.unpack_tiles(ty, weights, row_bytes, col..col + chunk_cols(COLS), panel);
+            kernels.multiply_tiles(panel, x, chunk, out);
+        }
+        kernels.turn_tiles(out);
+    }
+}
+
 /// `out[panel][token][row]`
 fn multiply(
     kernels: Kernels,
@@ -102,22 +135,56 @@ fn check(name: &str, ty: GgmlType, weights: &[u8], acts: &Activations, out: &[f3
     }
 }
 
+/// The first panel of `out` against exact products.
+fn check_exact(name: &str, ty: GgmlType, weights: &[u8], values: &[f32], out: &[f32]) {
+    let (rows, step) = (values.len() / COLS, (values.len() / COLS).div_ceil(CHECKED));
+    let mut row = [0f32; COLS];
+    for t in (0..rows).rev().step_by(step) {
+        let mut want = [0f32; PANEL_ROWS];
+        for (weights, want) in weights.chunks_exact(ty.row_bytes(COLS)).zip(&mut want) {
+            dequantize_row(ty, weights, &mut row);
+            let x = &values[t * COLS..][..COLS];
+            *want = x.iter().zip(&row).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>() as f32;
+        }
+        assert_close(&format!("{name} {ty}, token {t}"), &out[t * PANEL_ROWS..][..PANEL_ROWS], &want, 1e-3);
+    }
+}
+
 fn tokens(criterion: &mut Criterion) {
     let mut random = Random(2);
-    let mut panel = Panel::default();
+    let (mut panel, mut tile_panel) = (Panel::default(), TilePanel::default());
     let mut group = common::group(criterion, "kernels/tokens");
-    let batches = TOKENS.map(|tokens| activations(&mut random, tokens));
+    let batches = TOKENS.map(|tokens| {
+        let values = random.floats(tokens * COLS, 1.0);
+        let mut acts = Activations::with_capacity(tokens, COLS);
+        for (row, values) in values.chunks_exact(COLS).enumerate() {
+            scalar().quantize(values, acts.row_mut(row));
+        }
+        (values, acts)
+    });
     for ty in quantised_types() {
         let weights = matrix(&mut random, ty, ROWS, COLS, 0.05);
-        for acts in &batches {
+        for (values, acts) in &batches {
             for kernels in Kernels::available().filter(|&k| timed(k, ty)) {
                 let rows = if kernels.name() == "scalar" { SCALAR_ROWS } else { ROWS };
                 let weights = &weights[..rows * ty.row_bytes(COLS)];
-                let mut out = vec![0f32; acts.rows() * rows];
-                multiply(kernels, ty, weights, acts, &mut panel, &mut out);
-                check(kernels.name(), ty, weights, acts, &out);
+                let mut out = vec![0f32; acts.rows().next_multiple_of(TILE) * rows];
                 group.throughput(Throughput::Elements((2 * acts.rows() * rows * COLS) as u64));
                 let id = BenchmarkId::new(format!("{}/{ty}", kernels.name()), acts.rows());
+                if kernels.has_tiles() && acts.rows() >= GEMM_ROWS {
+                    let x = tiles(kernels, values);
+                    multiply_tiles(kernels, ty, weights, &x, &mut tile_panel, &mut out);
+                    check_exact(kernels.name(), ty, weights, values, &out);
+                    group.bench_function(id, |bencher| {
+                        bencher.iter(|| {
+                            multiply_tiles(kernels, ty, weights, &x, &mut tile_panel, &mut out);
+                            black_box(&mut out);
+                        });
+                    });
+                    continue;
+                }
+                multiply(kernels, ty, weights, acts, &mut panel, &mut out);
+                check(kernels.name(), ty, weights, acts, &out);
                 group.bench_function(id, |bencher| {
                     bencher.iter(|| {
                         multiply(kernels, ty, weights, acts, &mut panel, &mut out);

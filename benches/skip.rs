@@ -25,7 +25,7 @@ const TOKENS: usize = 10;
 const PERCENT: [usize; 3] = [10, 20, 30];
 /// Shares of the FFN weights that cuts aim at.
 const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
-/// Turns of the comparison.
+/// Turns of the comparison, if `SKIFF_BENCH_ROUNDS` does not say otherwise.
 const ROUNDS: usize = 9;
 
 /// Skips `percent` of all FFNs, evenly spread over layers and tokens.
@@ -224,8 +224,10 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
 
 /// Times the variants in turn, so that what else the machine does hits all alike, and prints gain and ideal.
 fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants: &mut [Variant]) {
+    let rounds =
+        std::env::var("SKIFF_BENCH_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(ROUNDS).max(1);
     let mut times = vec![Vec::new(); variants.len()];
-    for _ in 0..ROUNDS {
+    for _ in 0..rounds {
         for (variant, times) in variants.iter_mut().zip(&mut times) {
             let started = Instant::now();
             black_box(generate(model, on, &mut variant.state, tokens));
@@ -235,13 +237,13 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants:
     times.iter_mut().for_each(|times| times.sort_by(f64::total_cmp));
     let all = model.decode_bytes() as f64;
     println!(
-        "{name}: best and median of {ROUNDS} turns of {TOKENS} tokens; time saved: of what the bytes would save"
+        "{name}: best and median of {rounds} turns of {TOKENS} tokens; time saved: of what the bytes would save"
     );
     println!("                           unread  tokens/s  median  gain   (median)  ideal  time saved");
     for (variant, sorted) in variants.iter().zip(&times) {
-        let (share, best, median) = (variant.share(model), sorted[0], sorted[ROUNDS / 2]);
+        let (share, best, median) = (variant.share(model), sorted[0], sorted[rounds / 2]);
         let ideal = all / (all - model.ffn_bytes() as f64 * share);
-        let (gain, median_gain) = (times[0][0] / best, times[0][ROUNDS / 2] / median);
+        let (gain, median_gain) = (times[0][0] / best, times[0][rounds / 2] / median);
         let saved = (1.0 - 1.0 / gain) / (1.0 - 1.0 / ideal);
         println!(
             "    {:<22} {:>5.1} % {:>8.1} {:>8.1}  {gain:.3}  ({median_gain:.3})  {ideal:.3}  {:>5.0} %",

@@ -10,7 +10,8 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, sum_of};
+use crate::memory::Pages;
 use crate::threads::{self, Team};
 pub use crate::topology::Memory;
 use crate::topology::{CoreKind, Topology};
@@ -106,16 +107,18 @@ const STEP: usize = 1 << 17;
 /// A buffer to read, larger than the caches: an eighth of the memory, within 512 MiB and 4 GiB.
 ///
 /// `None` where so much is not to be had.
-pub fn sweep_buffer(memory: Option<Memory>) -> Option<Vec<u64>> {
+pub fn sweep_buffer(memory: Option<Memory>) -> Option<Pages<u64>> {
     let bytes = memory.map_or(MIN_SWEEP, |m| (m.total / 8).clamp(MIN_SWEEP, MAX_SWEEP));
     sweep_buffer_of(memory, bytes)
 }
 
 /// A buffer to read of `bytes`, or of half the memory that can be had if that is less; `None` if that is too little.
-pub fn sweep_buffer_of(memory: Option<Memory>, bytes: u64) -> Option<Vec<u64>> {
+pub fn sweep_buffer_of(memory: Option<Memory>, bytes: u64) -> Option<Pages<u64>> {
     let bytes = memory.map_or(bytes, |m| bytes.min(m.available / 2).next_multiple_of(8));
     // Ones, not zeros: untouched zeros are one page of the kernel's, read over and over.
-    (bytes >= MIN_SWEEP).then(|| vec![1; bytes as usize / 8])
+    let mut buffer = (bytes >= MIN_SWEEP).then(|| Pages::try_zeroed(bytes as usize / 8).ok()).flatten()?;
+    buffer.fill(1);
+    Some(buffer)
 }
 
 /// Bytes a second at which the team reads `buffer`: the best of `passes`.
@@ -125,7 +128,7 @@ pub fn read_sweep(team: &Team, buffer: &[u64], passes: usize) -> f64 {
         let total = AtomicU64::new(0);
         let started = Instant::now();
         team.for_ranges(buffer.len(), STEP, |_, range| {
-            total.fetch_add(sum(&buffer[range]), Ordering::Relaxed);
+            total.fetch_add(sum_of(&buffer[range]), Ordering::Relaxed);
         });
         let seconds = started.elapsed().as_secs_f64();
         black_box(total.into_inner());
@@ -154,18 +157,6 @@ pub fn int8_peak(team: &Team, kernels: Kernels, passes: usize) -> Option<f64> {
         best = best.into_iter().chain((speed > 0.0).then_some(speed)).reduce(f64::max);
     }
     best
-}
-
-/// 64 independent sums keep enough loads in flight whatever the width of a vector.
-fn sum(words: &[u64]) -> u64 {
-    let (blocks, rest) = words.as_chunks::<64>();
-    let mut sums = [0u64; 64];
-    for block in blocks {
-        for (sum, word) in sums.iter_mut().zip(block) {
-            *sum = sum.wrapping_add(*word);
-        }
-    }
-    sums.iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
 }
 
 #[cfg(test)]
@@ -197,7 +188,7 @@ mod tests {
     #[test]
     fn a_sweep_reads_every_word() {
         let words: Vec<u64> = (0..1000).collect();
-        assert_eq!(sum(&words), 999 * 1000 / 2);
+        assert_eq!(sum_of(&words), 999 * 1000 / 2);
         let team = Team::new(2).unwrap();
         assert!(read_sweep(&team, &words, 2) > 0.0);
         assert_eq!(read_sweep(&team, &words, 0), 0.0);

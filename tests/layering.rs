@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "eval",
         &[
+            "memory",
             "session",
             "model",
             "ops",

@@ -7,7 +7,7 @@ use skiff::eval::calibrate::{CalibrateOptions, calibrate};
 use skiff::gguf::{Builder, GgmlType, Gguf, Value};
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
-use skiff::ops::Compute;
+use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::skip::{
     Calibration, CalibrationError, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError, SkipMode,
     SkipOptions, SkipPolicy,
@@ -80,8 +80,11 @@ fn layers_left_out_do_not_depend_on_the_steps() {
     let policy = || Box::new(SkipDecode::new(0.5, 3..SkipDecode::HORIZON, 1..11));
     let ids = ids(40);
     let (together, _) = logits(&model, &team, policy(), &ids, 40);
+    let (some, _) = logits(&model, &team, policy(), &ids, GEMM_ROWS - 1);
     let (one_by_one, mut state) = logits(&model, &team, policy(), &ids, 1);
-    assert!(distance(&together, &one_by_one) < 0.02, "{}", distance(&together, &one_by_one));
+    assert!(distance(&some, &one_by_one) < 1e-3, "{}", distance(&some, &one_by_one));
+    // Many rows may be rounded otherwise (a matrix unit takes 16 bits), and this model's weights are random.
+    assert!(distance(&together, &one_by_one) < 0.06, "{}", distance(&together, &one_by_one));
     assert!(state.stats().layer_share() > 0.4);
 
     // A token that runs all layers after tokens that did not: it finds a key in every layer at every position.

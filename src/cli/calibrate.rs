@@ -100,10 +100,11 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
 
 fn in_words(stage: Stage) -> &'static str {
     match stage {
-        Stage::Activations => "1/4 activations of the full model",
-        Stage::Damage => "2/4 what each FFN is worth",
-        Stage::Strengths => "3/4 strengths of the policies",
-        Stage::Quality => "4/4 quality on held-out text",
+        Stage::Activations => "1/5 activations of the full model",
+        Stage::Damage => "2/5 what each FFN is worth",
+        Stage::Sensitivity => "3/5 what errors of its sides cost",
+        Stage::Strengths => "4/5 strengths of the policies",
+        Stage::Quality => "5/5 quality on held-out text",
     }
 }
 

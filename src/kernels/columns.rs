@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::activations::BLOCK;
 use super::{Kernels, Q8Row};
-use crate::quant::columns::{Codes, ColumnStrip, STRIP, Touched};
+use crate::quant::columns::{Codes, ColumnStrip, STRIP, TILE, Touched};
 use crate::quant::zero_point;
 
 /// Columns whose bytes are interleaved: those of a lane of the byte dot product.
@@ -24,6 +24,8 @@ pub struct ColumnList {
     pub(super) groups: Vec<ChosenGroup>,
     pub(super) bundles: Vec<Bundle>,
     touched: Touched,
+    /// Sum of the activations.
+    sum: f32,
 }
 
 /// Four columns and their activations; a bundle that is not full repeats its first column with an activation of 0.
@@ -51,7 +53,7 @@ pub(super) struct ChosenGroup {
 #[derive(Clone, Copy)]
 pub(super) struct Chosen<'a> {
     pub groups: &'a [ChosenGroup],
-    /// The bundles of `groups` and those that follow (to be fetched early).
+    /// Bundles, those of other groups too.
     pub bundles: &'a [Bundle],
     /// Where the bundles of `groups` begin.
     pub start: u32,
@@ -72,6 +74,7 @@ impl ColumnList {
         assert!(x.cols.is_multiple_of(32) && matches!(group_len, 16 | 32));
         assert!(x.cols <= x.q.len() && x.cols / 32 <= x.scale.len() && u32::try_from(x.cols).is_ok());
         (self.cols, self.group_len, self.touched) = (x.cols, group_len, Touched::default());
+        self.sum = 0.0;
         self.groups.clear();
         self.bundles.clear();
         for (g, q) in x.q[..x.cols].chunks_exact(group_len).enumerate() {
@@ -100,6 +103,7 @@ impl ColumnList {
             }
             self.bundles.push(bundle);
         }
+        self.sum += scale * sum as f32;
         self.groups.push(ChosenGroup { group: group as u32, end: self.bundles.len() as u32, sum, scale });
     }
 
@@ -158,7 +162,7 @@ impl Touched {
 fn nonzero(q: &[i8]) -> u32 {
     let (eights, _) = q.as_chunks::<8>();
     eights.iter().enumerate().fold(0, |mask, (i, q)| {
-        let x = u64::from_le_bytes(q.map(|q| q as u8));
+        let x = u64::from_le_bytes(bytemuck::cast(*q));
         // The top bit of each byte that is not zero, then those bits side by side.
         let top = (((x & 0x7f7f_7f7f_7f7f_7f7f) + 0x7f7f_7f7f_7f7f_7f7f) | x) & 0x8080_8080_8080_8080;
         let bits = (top >> 7).wrapping_mul(0x0102_0408_1020_4080) >> 56;
@@ -167,14 +171,30 @@ fn nonzero(q: &[i8]) -> u32 {
 }
 
 impl Kernels {
-    /// `out[o] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o` of a strip, `[width]`.
+    /// `out[i] = sum over the chosen columns j of groups of W[o][j] x[j]` for the outputs `o = outputs.start + i` of a
+    /// strip, but for the factors and zeros that [`finish`] brings in.
     ///
     /// # Panics
-    /// If the lengths are wrong, or the list was chosen for another number of columns or another group length.
-    pub fn columns(&self, strip: ColumnStrip<'_>, list: &ColumnList, groups: Range<usize>, out: &mut [f32]) {
+    /// If the lengths are wrong, the outputs are not whole tiles (the strip's last one may be a half), or the list was
+    /// chosen for another number of columns or another group length.
+    pub fn columns(
+        &self,
+        strip: ColumnStrip<'_>,
+        list: &ColumnList,
+        groups: Range<usize>,
+        outputs: Range<usize>,
+        out: &mut [f32],
+    ) {
         let (width, all) = (strip.width, strip.cols / strip.group_len);
         assert!(list.cols == strip.cols && list.group_len == strip.group_len && groups.end <= all);
-        assert!(width.is_multiple_of(128) && width <= STRIP && out.len() == width);
+        assert!(width.is_multiple_of(TILE / 2) && width <= STRIP && out.len() == outputs.len());
+        let whole = |at: usize| at.is_multiple_of(TILE) || at == width;
+        assert!(
+            outputs.start <= outputs.end
+                && outputs.end <= width
+                && whole(outputs.start)
+                && whole(outputs.end)
+        );
         assert_eq!(strip.heads.len(), width * if strip.has_min { 2 } else { 1 });
         let (low, high) = match strip.codes {
             Codes::Bytes => (width, 0),
@@ -185,22 +205,34 @@ impl Kernels {
         let scales = width * if strip.has_min { 2 } else { 1 };
         assert_eq!(strip.group_bytes, scales + strip.group_len * strip.column_bytes);
         assert_eq!(strip.groups.len(), all * strip.group_bytes);
-        out.fill(0.0);
         // SAFETY: the handle proves the ISA; the parts of the strip have the lengths just asserted, and the list's
         // columns and groups are below the strip's.
-        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), out) };
+        unsafe { (self.isa.functions.columns)(&strip, list.within(groups), outputs, out) };
     }
 }
 
+/// From what [`Kernels::columns`] summed up over all groups to the sums of weights, for the outputs from `first` on.
+///
+/// # Panics
+/// If there are more sums than outputs from `first` on.
+pub fn finish(strip: ColumnStrip<'_>, list: &ColumnList, first: usize, sums: &mut [f32]) {
+    let (factors, ratios) = strip.heads.split_at(strip.width);
+    let n = sums.len();
+    if strip.has_min {
+        let zeros = strip.zeros[1] * list.sum;
+        sums.iter_mut().zip(&ratios[first..][..n]).for_each(|(sum, ratio)| *sum -= ratio * zeros);
+    }
+    sums.iter_mut().zip(&factors[first..][..n]).for_each(|(sum, factor)| *sum *= factor);
+}
+
 /// Plain code for every CPU.
-pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
+pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
     let zero = i32::from(zero_point(strip.ty));
-    let mut all_sums = 0f32;
+    out.fill(0.0);
     let mut start = chosen.start;
     for g in chosen.groups {
         let (sum, group) = (g.scale * g.sum as f32, g.group as usize);
-        all_sums += sum;
-        for (o, out) in out.iter_mut().enumerate() {
+        for (o, out) in outputs.clone().zip(out.iter_mut()) {
             let mut dot = -zero * g.sum;
             for bundle in &chosen.bundles[start as usize..g.end as usize] {
                 for (col, act) in bundle.cols.into_iter().zip(bundle.acts.to_le_bytes()) {
@@ -213,11 +245,5 @@ pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32
             }
         }
         start = g.end;
-    }
-    for (o, out) in out.iter_mut().enumerate() {
-        if strip.has_min {
-            *out -= strip.head(1, o) * (strip.zeros[1] * all_sums);
-        }
-        *out *= strip.head(0, o);
     }
 }

@@ -35,11 +35,14 @@ pub mod tiles;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::ops::Range;
+
 use crate::gguf::GgmlType;
 use crate::quant;
 use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
+pub use peak::sum_of;
 
 /// Weight rows in a [`Panel`].
 pub const PANEL_ROWS: usize = 32;
@@ -57,7 +60,7 @@ struct Functions {
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
-    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, &mut [f32]),
+    columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, Range<usize>, &mut [f32]),
     float: &'static float::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
@@ -208,7 +211,7 @@ impl Kernels {
         ty: GgmlType,
         weights: &[u8],
         row_bytes: usize,
-        cols: std::ops::Range<usize>,
+        cols: Range<usize>,
         panel: &mut Panel,
     ) {
         let (block, rows) = (ty.block_len(), weights.len() / row_bytes);

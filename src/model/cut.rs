@@ -1,14 +1,13 @@
 //! FFNs with a cut: what is prepared at load, and the part of the forward pass that uses it.
 
-use std::io;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::forward::observe;
 use super::{Buffers, Layer, Model, ModelError, Part};
 use crate::kernels::ColumnList;
 use crate::ops::{
-    COLUMN_ROWS, ColumnMatrix, Compute, Epilogue, Inputs, MatmulScratch, add_rows, column_scratch, matmul,
-    matmul_columns, rms_norm_then, swiglu_columns,
+    ColumnMatrix, ColumnMemory, ColumnScratch, Compute, Epilogue, Inputs, MatmulScratch, PackedColumns,
+    add_rows, matmul, matmul_columns, rms_norm_then, swiglu_columns,
 };
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
@@ -45,15 +44,15 @@ struct Columns {
 pub(super) struct CutScratch {
     /// `[rows, 2 ffn]`: gate and up.
     gate_up: Vec<f32>,
-    /// Chosen columns of gate and up, of each row.
-    inputs: Vec<ColumnList>,
-    /// Chosen columns of down, of each row.
-    inner: Vec<ColumnList>,
+    /// Chosen columns of gate and up, of a step of one row.
+    inputs: ColumnList,
+    /// Chosen columns of down.
+    inner: ColumnList,
+    columns: ColumnScratch,
     /// What each row's thresholds are multiplied with: the bits of an f32, that rows can be shared among threads.
     factors: Vec<AtomicU32>,
     /// What each row touches of gate and up, and of down.
     touched: Vec<[Touched; 2]>,
-    sums: Vec<f32>,
 }
 
 impl CutScratch {
@@ -63,18 +62,16 @@ impl CutScratch {
             return Self::default();
         }
         let (d, ffn) = (model.config.embedding, model.config.ffn);
-        let lists = |cols| (0..COLUMN_ROWS).map(|_| ColumnList::with_capacity(cols)).collect();
-        let columns = model.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
-        let sums = columns.map(|c| {
-            column_scratch(&[&c.gate, &c.up], COLUMN_ROWS).max(column_scratch(&[&c.down], COLUMN_ROWS))
-        });
+        let mut columns = ColumnScratch::default();
+        let prepared = model.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
+        columns.reserve(prepared.flat_map(|c| [&c.gate, &c.up, &c.down]));
         Self {
             gate_up: vec![0.0; batch * 2 * ffn],
-            inputs: lists(d),
-            inner: lists(ffn),
+            inputs: ColumnList::with_capacity(d),
+            inner: ColumnList::with_capacity(ffn),
+            columns,
             factors: (0..batch).map(|_| AtomicU32::default()).collect(),
             touched: Vec::with_capacity(batch),
-            sums: vec![0.0; sums.max().unwrap_or(0)],
         }
     }
 }
@@ -121,16 +118,30 @@ impl Model {
         if plan.layers.len() != layers {
             return Err(ModelError::CutLayers { found: plan.layers.len(), layers });
         }
-        let mut cuts = Vec::with_capacity(layers);
-        for (i, cut) in plan.layers.into_iter().enumerate() {
-            if let Some(cut) = &cut {
-                check_depth(i, &cut.depth, self.config.embedding)?;
-                check_side(i, &cut.inputs, ["centre of inputs", "weight of inputs"], self.config.embedding)?;
-                check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
-            }
-            let prepared = cut.map(|cut| PreparedCut::new(on, &self.layers[i], cut, by_columns));
-            cuts.push(prepared.transpose().map_err(|error| ModelError::CutMemory { layer: i, error })?);
+        for (i, cut) in plan.layers.iter().enumerate() {
+            let Some(cut) = cut else { continue };
+            check_depth(i, &cut.depth, self.config.embedding)?;
+            check_side(i, &cut.inputs, ["centre of inputs", "weight of inputs"], self.config.embedding)?;
+            check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
+        }
+        let layouts: Vec<_> = self.layers.iter().map(Layouts::new).collect();
+        let needed = layouts.iter().zip(&plan.layers).filter(|(_, cut)| by_columns && cut.is_some());
+        let needed = needed.filter_map(|(layouts, _)| layouts.as_ref());
+        let mut memory = ColumnMemory::new(needed.flat_map(|l| [&l.gate, &l.up, &l.down]))?;
+        let (mut cuts, mut packed) = (Vec::with_capacity(layers), Vec::with_capacity(layers));
+        for (i, (cut, layouts)) in plan.layers.into_iter().zip(layouts).enumerate() {
+            let layer = &self.layers[i];
+            let of_cut = layouts.as_ref().filter(|_| by_columns && cut.is_some());
+            packed.push(of_cut.map(|layouts| layouts.pack(on, layer, &mut memory)));
+            cuts.push(cut.map(|cut| PreparedCut::new(on, layer, cut, layouts)));
             progress(i + 1, layers);
+        }
+        let memory = memory.finish();
+        for (cut, packed) in cuts.iter_mut().zip(packed) {
+            if let (Some(cut), Some(packed)) = (cut, packed) {
+                let [gate, up, down] = packed.map(|packed| packed.read(&memory));
+                cut.columns = Some(Columns { gate, up, down });
+            }
         }
         self.cuts = cuts;
         Ok(())
@@ -222,20 +233,15 @@ fn check_depth(layer: usize, depth: &Depth, n: usize) -> Result<(), ModelError> 
 }
 
 impl PreparedCut {
-    fn new(on: Compute<'_>, layer: &Layer, plan: LayerCut, by_columns: bool) -> io::Result<Self> {
+    fn new(on: Compute<'_>, layer: &Layer, plan: LayerCut, layouts: Option<Layouts>) -> Self {
         let (gate, up, down) = (layer.ffn.gate.matrix(), layer.ffn.up.matrix(), layer.ffn.down.matrix());
-        let layouts = Layouts::new(&gate, &up, &down);
-        let columns = match by_columns && layouts.is_some() {
-            true => Columns::new(on, &gate, &up, &down)?,
-            false => None,
-        };
         let gate_up_base = base(on, &[gate, up], &plan.inputs);
         let down_base = base(on, &[down], &plan.inner);
-        Ok(Self { plan, gate_up_base, down_base, layouts, columns })
+        Self { plan, gate_up_base, down_base, layouts, columns: None }
     }
 
-    /// `cut(silu(W_gate x) * W_up x)` of the rows `x`, by column for a few and by row, with zeros for what is cut, for
-    /// many.
+    /// `cut(silu(W_gate x) * W_up x)` of the rows `x`, by column for a single row, else by row, with zeros for what is
+    /// cut: several rows need nearly all columns, and the dense product reads them once for all.
     #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
     fn gate_up(
         &self,
@@ -249,14 +255,14 @@ impl PreparedCut {
     ) {
         let (bias, side, n, ffn) =
             (&self.gate_up_base[..], &self.plan.inner, x.rows(), layer.ffn.gate.rows());
-        if let Some(c) = self.columns.as_ref().filter(|_| n <= COLUMN_ROWS && !x.are_many()) {
-            x.choose_columns(c.gate.layout().group_len(), &mut s.inputs);
-            let (lists, out) = (&s.inputs[..n], inner.values_mut());
-            swiglu_columns(on, &c.gate, &c.up, lists, bias, out, &mut s.sums, |i, first, inner| {
-                side.apply_from(cuts[i].inner, first, inner);
+        if let Some(c) = self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
+            x.choose_columns(c.gate.layout().group_len(), 0, &mut s.inputs);
+            let (list, out) = (&s.inputs, inner.values_mut());
+            swiglu_columns(on, &c.gate, &c.up, list, bias, &mut s.columns, out, |first, inner| {
+                side.apply_from(cuts[0].inner, first, inner);
             });
             inner.quantize(on);
-            s.touched.iter_mut().zip(&s.inputs).for_each(|(t, list)| t[0] = list.touched());
+            s.touched[0][0] = s.inputs.touched();
             return;
         }
         let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
@@ -282,11 +288,11 @@ impl PreparedCut {
         out: &mut [f32],
     ) {
         let (bias, n) = (&self.down_base, x.rows());
-        match self.columns.as_ref().filter(|_| n <= COLUMN_ROWS && !x.are_many()) {
+        match self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
             Some(c) => {
-                x.choose_columns(c.down.layout().group_len(), &mut s.inner);
-                matmul_columns(on, &[&c.down], &s.inner[..n], bias, out, &mut s.sums);
-                s.touched.iter_mut().zip(&s.inner).for_each(|(t, list)| t[1] = list.touched());
+                x.choose_columns(c.down.layout().group_len(), 0, &mut s.inner);
+                matmul_columns(on, &c.down, &s.inner, bias, &mut s.columns, out);
+                s.touched[0][1] = s.inner.touched();
             }
             None => {
                 matmul(on, &[layer.ffn.down.matrix()], x, Epilogue::Bias(bias), out, m);
@@ -305,23 +311,18 @@ impl PreparedCut {
 
 impl Layouts {
     /// `None` if a type has no column form, or gate and up do not share lists of columns.
-    fn new(gate: &Matrix<'_>, up: &Matrix<'_>, down: &Matrix<'_>) -> Option<Self> {
-        let layout = |m: &Matrix<'_>| ColumnLayout::new(m.ty(), m.rows_len(), m.cols());
-        let (gate, up, down) = (layout(gate)?, layout(up)?, layout(down)?);
+    fn new(layer: &Layer) -> Option<Self> {
+        let layout = |m: Matrix<'_>| ColumnLayout::new(m.ty(), m.rows_len(), m.cols());
+        let (gate, up) = (layout(layer.ffn.gate.matrix())?, layout(layer.ffn.up.matrix())?);
+        let down = layout(layer.ffn.down.matrix())?;
         (gate.group_len() == up.group_len()).then_some(Self { gate, up, down })
     }
-}
 
-impl Columns {
-    fn new(
-        on: Compute<'_>,
-        gate: &Matrix<'_>,
-        up: &Matrix<'_>,
-        down: &Matrix<'_>,
-    ) -> io::Result<Option<Self>> {
-        let (gate, up) = (ColumnMatrix::new(on, gate)?, ColumnMatrix::new(on, up)?);
-        let down = ColumnMatrix::new(on, down)?;
-        Ok(gate.zip(up).zip(down).map(|((gate, up), down)| Self { gate, up, down }))
+    /// Gate, up and down.
+    fn pack(&self, on: Compute<'_>, layer: &Layer, memory: &mut ColumnMemory) -> [PackedColumns; 3] {
+        let ffn = &layer.ffn;
+        [(&ffn.gate, &self.gate), (&ffn.up, &self.up), (&ffn.down, &self.down)]
+            .map(|(matrix, layout)| PackedColumns::new(on, &matrix.matrix(), layout, memory))
     }
 }
 

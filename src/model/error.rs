@@ -34,8 +34,8 @@ pub enum ModelError {
     CutShape { layer: usize, what: &'static str, found: usize, expected: usize },
     #[error("the cut plan's {what} of layer {layer} has {found} at {index}, expected {expected}")]
     CutValue { layer: usize, what: &'static str, index: usize, found: f32, expected: &'static str },
-    #[error("no memory for the FFN of layer {layer} by columns: {error}")]
-    CutMemory { layer: usize, error: std::io::Error },
+    #[error("FFNs laid out by columns: {0}")]
+    CutMemory(#[from] crate::memory::MemoryError),
     #[error("the threads cannot be started: {0}")]
     Threads(#[from] rayon::ThreadPoolBuildError),
 }

@@ -1,56 +1,94 @@
 //! Matrices in column form, and their products with the chosen columns only.
 
-use std::io;
 use std::ops::Range;
-
-use memmap2::MmapMut;
+use std::sync::Arc;
 
 use super::Compute;
-use crate::kernels::ColumnList;
+use crate::kernels::columns::finish;
+use crate::kernels::{ColumnList, Kernels};
+use crate::memory::{MemoryError, Pages};
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, heads_of, pack};
 
-/// Rows of activations up to which products by column pay: each passes over the chosen columns of a chunk, which
-/// stay in the cache, where a panel of the dense product is unpacked once for all.
-pub const COLUMN_ROWS: usize = 4;
-/// Most bytes of a chunk. Each has sums of its own, so there should not be many more than threads need.
-const MAX_CHUNK_BYTES: usize = 2 << 20;
-/// Least bytes of a chunk for which a thread is given something to do.
-const MIN_CHUNK_BYTES: usize = 64 << 10;
-/// Chunks of a matrix that are wanted: they are claimed one by one, and the last ones should not take long.
-const CHUNKS: usize = 8;
-/// Outputs that are added up at a time.
-const OUTPUTS: usize = 1024;
+/// Bytes of a matrix that are a chunk of its product, about: few enough that threads end together, and many more than
+/// the sums that each chunk leaves.
+const PART_BYTES: usize = 3 << 20;
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// Least parts of a product. Of small matrices more would cost more than they share out.
+const LEAST_PARTS: usize = 2;
+/// Outputs of a chunk of what follows the parts.
+const FINISHED: usize = 1024;
 
-/// A matrix in the column form of [`quant::columns`](crate::quant::columns), in memory of its own.
+/// Memory for matrices in column form, in huge pages: with small ones, columns that lie apart miss the TLB.
+pub struct ColumnMemory {
+    bytes: Pages<u8>,
+    used: usize,
+}
+
+impl ColumnMemory {
+    /// Room for matrices of these layouts.
+    ///
+    /// # Errors
+    /// The system gives no memory.
+    pub fn new<'l>(layouts: impl Iterator<Item = &'l ColumnLayout>) -> Result<Self, MemoryError> {
+        let bytes = layouts.map(|l| (0..l.strips()).map(|s| strip_bytes(l, s)).sum::<usize>()).sum();
+        Ok(Self { bytes: Pages::try_zeroed(bytes)?, used: 0 })
+    }
+
+    /// The finished memory, to be shared by its matrices.
+    pub fn finish(self) -> Arc<Pages<u8>> {
+        Arc::new(self.bytes)
+    }
+}
+
+/// Whole huge pages would be too much for small matrices, but a line should be one.
+fn strip_bytes(layout: &ColumnLayout, strip: usize) -> usize {
+    (layout.spans() * layout.span_bytes(strip)).next_multiple_of(LINE)
+}
+
+/// A matrix in the column form of [`quant::columns`](crate::quant::columns).
 pub struct ColumnMatrix {
     layout: ColumnLayout,
     strips: Vec<Strip>,
-    /// Parts that the columns are cut into.
-    parts: usize,
+    memory: Arc<Pages<u8>>,
+}
+
+/// A matrix that has its place in a [`ColumnMemory`].
+pub struct PackedColumns {
+    layout: ColumnLayout,
+    strips: Vec<Strip>,
 }
 
 struct Strip {
     heads: Vec<f32>,
-    groups: MmapMut,
+    /// Where its groups are.
+    place: Range<usize>,
+}
+
+impl PackedColumns {
+    /// Lays `matrix` out by columns.
+    ///
+    /// # Panics
+    /// If the layout is not the matrix's, or was not among those that `memory` was made for.
+    pub fn new(
+        on: Compute<'_>,
+        matrix: &Matrix<'_>,
+        layout: &ColumnLayout,
+        memory: &mut ColumnMemory,
+    ) -> Self {
+        let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
+        let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, layout, s, memory, &mut scratch));
+        Self { layout: layout.clone(), strips: strips.collect() }
+    }
+
+    /// The matrix, which reads the memory that it was packed into.
+    pub fn read(self, memory: &Arc<Pages<u8>>) -> ColumnMatrix {
+        ColumnMatrix { layout: self.layout, strips: self.strips, memory: memory.clone() }
+    }
 }
 
 impl ColumnMatrix {
-    /// Lays `matrix` out by columns; `None` if its type is not quantised.
-    ///
-    /// # Errors
-    /// The system gives no memory: [`bytes`](Self::bytes) of them are needed, about as many as the matrix has.
-    pub fn new(on: Compute<'_>, matrix: &Matrix<'_>) -> io::Result<Option<Self>> {
-        let Some(layout) = ColumnLayout::new(matrix.ty(), matrix.rows_len(), matrix.cols()) else {
-            return Ok(None);
-        };
-        let mut scratch: Vec<_> = (0..on.team.threads()).map(|_| PackScratch::default()).collect();
-        let strips = (0..layout.strips()).map(|s| Strip::new(on, matrix, &layout, s, &mut scratch));
-        let strips = strips.collect::<io::Result<_>>()?;
-        let parts = parts(&layout);
-        Ok(Some(Self { layout, strips, parts }))
-    }
-
     /// The layout.
     pub fn layout(&self) -> &ColumnLayout {
         &self.layout
@@ -58,23 +96,60 @@ impl ColumnMatrix {
 
     /// Bytes of memory.
     pub fn bytes(&self) -> usize {
-        self.strips.iter().map(|s| s.groups.len() + 4 * s.heads.len()).sum()
+        self.strips.iter().map(|s| s.place.len() + 4 * s.heads.len()).sum()
     }
 
-    /// Chunks of work of a product.
-    fn chunks(&self) -> usize {
-        self.strips.len() * self.parts
-    }
-
-    fn strip(&self, strip: usize) -> ColumnStrip<'_> {
-        let Strip { heads, groups } = &self.strips[strip];
-        self.layout.view(strip, heads, groups)
-    }
-
-    /// Groups of columns of a part.
-    fn groups(&self, part: usize) -> Range<usize> {
+    /// Parts of the columns whose products are summed apart: they depend on the matrix alone, and so does the result.
+    fn parts(&self) -> usize {
+        let parts = self.bytes().div_ceil(PART_BYTES).next_power_of_two().max(LEAST_PARTS);
         let groups = self.layout.groups();
-        part * groups / self.parts..(part + 1) * groups / self.parts
+        groups.div_ceil(groups.div_ceil(parts))
+    }
+
+    /// Floats of a part's sums: the outputs, padded as the last strip is.
+    fn padded(&self) -> usize {
+        let strips = self.layout.strips();
+        self.layout.outputs_of(strips - 1).start + self.layout.width(strips - 1)
+    }
+
+    /// Floats that a product's sums take.
+    pub fn sums(&self) -> usize {
+        self.parts() * self.padded()
+    }
+
+    fn view(&self, strip: usize) -> ColumnStrip<'_> {
+        let Strip { heads, place } = &self.strips[strip];
+        self.layout.view(strip, heads, &self.memory[place.clone()])
+    }
+
+    /// The product of the chosen columns of `part` with the outputs of the strip that begins at `first`, in units of
+    /// the outputs' factors.
+    fn part(&self, kernels: Kernels, list: &ColumnList, part: usize, first: usize, sums: &mut [f32]) {
+        let strip = first / self.layout.outputs_of_first();
+        let groups = self.layout.groups();
+        let step = groups.div_ceil(self.parts());
+        let groups = part * step..((part + 1) * step).min(groups);
+        kernels.columns(self.view(strip), list, groups, 0..sums.len(), sums);
+    }
+
+    /// From the sums of all parts to the outputs from `first` on, plus those of `bias`, if that is not empty.
+    fn finish(&self, list: &ColumnList, sums: &[f32], bias: &[f32], first: usize, out: &mut [f32]) {
+        let (n, all) = (self.padded(), out.len());
+        out.copy_from_slice(&sums[first..][..all]);
+        for part in sums.chunks_exact(n).skip(1) {
+            out.iter_mut().zip(&part[first..][..all]).for_each(|(out, sum)| *out += sum);
+        }
+        let most = self.layout.outputs_of_first();
+        let mut at = 0;
+        while at < all {
+            let (strip, in_strip) = ((first + at) / most, (first + at) % most);
+            let n = (most - in_strip).min(all - at);
+            finish(self.view(strip), list, in_strip, &mut out[at..][..n]);
+            at += n;
+        }
+        if !bias.is_empty() {
+            out.iter_mut().zip(&bias[first..][..all]).for_each(|(out, bias)| *out += bias);
+        }
     }
 }
 
@@ -84,8 +159,9 @@ impl Strip {
         matrix: &Matrix<'_>,
         layout: &ColumnLayout,
         strip: usize,
+        memory: &mut ColumnMemory,
         scratch: &mut [PackScratch],
-    ) -> io::Result<Self> {
+    ) -> Self {
         let span = layout.span_bytes(strip);
         let outputs = layout.outputs_of(strip);
         let mut ranges = vec![Ranges::default(); outputs.len()];
@@ -95,154 +171,81 @@ impl Strip {
             }
         });
         let heads = heads_of(layout, strip, &ranges);
-        let mut groups = MmapMut::map_anon(layout.spans() * span)?;
-        // Advice: with small pages nearly every column would miss the TLB.
-        #[cfg(target_os = "linux")]
-        let _ = groups.advise(memmap2::Advice::HugePage);
-        on.team.for_tiles(&mut groups[..], span, (1, span), scratch, |scratch, mut tile| {
+        let place = memory.used..memory.used + layout.spans() * span;
+        memory.used += strip_bytes(layout, strip);
+        let groups = &mut memory.bytes[place.clone()];
+        on.team.for_tiles(groups, span, (1, span), scratch, |scratch, mut tile| {
             let i = tile.rows().start;
             pack(layout, matrix, (strip, i), &heads, tile.row(i), scratch);
         });
-        Ok(Self { heads, groups })
+        Self { heads, place }
     }
 }
 
-/// Depends on the shape alone, as results do: parts are added up.
-fn parts(layout: &ColumnLayout) -> usize {
-    let strip = layout.bytes() / layout.strips();
-    let for_size = strip.div_ceil(MAX_CHUNK_BYTES);
-    let for_many = CHUNKS.div_ceil(layout.strips()).min(strip / MIN_CHUNK_BYTES);
-    for_size.max(for_many).clamp(1, layout.groups().max(1))
+/// Buffers of products by columns.
+#[derive(Default)]
+pub struct ColumnScratch {
+    /// Sums of the parts of one product, or of two: `[parts][outputs, padded]`.
+    sums: Vec<f32>,
 }
 
-/// Floats of a chunk and a row: the sums of the widest strip.
-fn chunk_floats(stack: &[&ColumnMatrix]) -> usize {
-    let strips = |m: &&ColumnMatrix| (0..m.strips.len()).map(|s| m.layout.width(s)).max();
-    stack.iter().filter_map(strips).max().unwrap_or(0)
+impl ColumnScratch {
+    /// Makes room for a product with any of `matrices`, or with two of them at once.
+    pub fn reserve<'m>(&mut self, matrices: impl Iterator<Item = &'m ColumnMatrix>) {
+        let most = matrices.map(ColumnMatrix::sums).max().unwrap_or(0);
+        self.sums.resize(self.sums.len().max(2 * most), 0.0);
+    }
 }
 
-/// Floats of scratch that products with the stacked matrices take.
-pub fn column_scratch(stack: &[&ColumnMatrix], rows: usize) -> usize {
-    stack.iter().map(|m| m.chunks()).sum::<usize>() * rows * chunk_floats(stack)
-}
-
-/// `out[t] = [W0; W1; ...] x[t] + bias` where `lists[t]` has what is not zero of `x[t]`; an empty bias: none.
-///
-/// All matrices have as many columns, and groups of the same length. `out` is row-major with as many columns as the
-/// matrices have outputs together.
+/// `out = W x + bias` where `list` has what is not zero of `x`; an empty bias: none.
 pub fn matmul_columns(
     on: Compute<'_>,
-    stack: &[&ColumnMatrix],
-    lists: &[ColumnList],
+    matrix: &ColumnMatrix,
+    list: &ColumnList,
     bias: &[f32],
+    scratch: &mut ColumnScratch,
     out: &mut [f32],
-    scratch: &mut Vec<f32>,
 ) {
-    let sums = Sums::new(on, stack, lists, bias, scratch);
-    let outputs: usize = stack.iter().map(|m| m.layout.outputs()).sum();
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, (1, OUTPUTS), |mut tile| {
-        let (t, first) = (tile.rows().start, tile.cols().start);
-        sums.write(t, first, tile.row(t));
+    let sums = &mut scratch.sums[..matrix.sums()];
+    on.team.for_plain_tiles(sums, matrix.padded(), (1, matrix.layout.outputs_of_first()), |mut tile| {
+        let (part, first) = (tile.rows().start, tile.cols().start);
+        matrix.part(on.kernels, list, part, first, tile.row(part));
+    });
+    on.team.for_plain_tiles(out, matrix.layout.outputs(), (1, FINISHED), |mut tile| {
+        matrix.finish(list, sums, bias, tile.cols().start, tile.row(0));
     });
 }
 
-/// `out[t] = then(t, silu(gate x[t]) * (up x[t]))`, as [`matmul_columns`]; `bias` is that of gate and then of up.
+/// `out = then(silu(gate x) * (up x))`, as [`matmul_columns`]; `bias` is that of gate and then of up.
 ///
-/// `then(t, first, values)` is shown the outputs of row `t` from `first` on, part by part.
+/// `then(first, values)` is shown the outputs from `first` on, part by part.
 #[allow(clippy::too_many_arguments)] // what a product takes, and what follows it
 pub fn swiglu_columns(
     on: Compute<'_>,
     gate: &ColumnMatrix,
     up: &ColumnMatrix,
-    lists: &[ColumnList],
+    list: &ColumnList,
     bias: &[f32],
+    scratch: &mut ColumnScratch,
     out: &mut [f32],
-    scratch: &mut Vec<f32>,
-    then: impl Fn(usize, usize, &mut [f32]) + Sync,
+    then: impl Fn(usize, &mut [f32]) + Sync,
 ) {
-    let stack = [gate, up];
-    let sums = Sums::new(on, &stack, lists, bias, scratch);
-    let outputs = gate.layout.outputs();
-    on.team.for_plain_tiles(&mut out[..lists.len() * outputs], outputs, (1, OUTPUTS), |mut tile| {
-        let (t, first) = (tile.rows().start, tile.cols().start);
-        let out = tile.row(t);
-        let mut up = [0f32; OUTPUTS];
-        let up = &mut up[..out.len()];
-        sums.write(t, first, out);
-        sums.write(t, outputs + first, up);
-        on.kernels.silu_mul(out, up);
-        then(t, first, out);
+    let (outputs, parts) = (gate.layout.outputs(), gate.parts());
+    let sums = &mut scratch.sums[..gate.sums() + up.sums()];
+    on.team.for_plain_tiles(sums, gate.padded(), (1, gate.layout.outputs_of_first()), |mut tile| {
+        let (row, first) = (tile.rows().start, tile.cols().start);
+        let (matrix, part) = if row < parts { (gate, row) } else { (up, row - parts) };
+        matrix.part(on.kernels, list, part, first, tile.row(row));
     });
-}
-
-/// The sums of all chunks of a product.
-struct Sums<'a> {
-    on: Compute<'a>,
-    stack: &'a [&'a ColumnMatrix],
-    bias: &'a [f32],
-    rows: usize,
-    /// `[chunks, rows, floats]`
-    sums: &'a [f32],
-    floats: usize,
-}
-
-impl<'a> Sums<'a> {
-    fn new(
-        on: Compute<'a>,
-        stack: &'a [&'a ColumnMatrix],
-        lists: &[ColumnList],
-        bias: &'a [f32],
-        scratch: &'a mut Vec<f32>,
-    ) -> Self {
-        let (rows, needed) = (lists.len(), column_scratch(stack, lists.len()));
-        if scratch.len() < needed {
-            scratch.resize(needed, 0.0);
-        }
-        let (sums, floats) = (&mut scratch[..needed], chunk_floats(stack));
-        let chunk = rows * floats;
-        on.team.for_plain_tiles(sums, chunk, (1, chunk), |mut tile| {
-            let index = tile.rows().start;
-            let (matrix, strip, part) = locate(stack, index);
-            let (view, groups) = (matrix.strip(strip), matrix.groups(part));
-            for (list, sums) in lists.iter().zip(tile.row(index).chunks_exact_mut(floats)) {
-                on.kernels.columns(view, list, groups.clone(), &mut sums[..view.width]);
-            }
-        });
-        Self { on, stack, bias, rows, sums, floats }
-    }
-
-    /// Outputs `first..` of row `t`: the bias and the sums of all parts.
-    fn write(&self, t: usize, first: usize, out: &mut [f32]) {
-        match self.bias {
-            [] => out.fill(0.0),
-            bias => out.copy_from_slice(&bias[first..][..out.len()]),
-        }
-        let wanted = first..first + out.len();
-        let (mut begin, mut chunk) = (0, 0);
-        for matrix in self.stack {
-            for strip in 0..matrix.strips.len() {
-                let outputs = matrix.layout.outputs_of(strip);
-                let (start, end) = (begin + outputs.start, begin + outputs.end);
-                let both = start.max(wanted.start)..end.min(wanted.end);
-                for part in 0..if both.is_empty() { 0 } else { matrix.parts } {
-                    let from = ((chunk + part) * self.rows + t) * self.floats + both.start - start;
-                    let out = &mut out[both.start - first..both.end - first];
-                    self.on.kernels.add_weighted(out, &[1.0], &self.sums[from..][..both.len()]);
-                }
-                chunk += matrix.parts;
-            }
-            begin += matrix.layout.outputs();
-        }
-    }
-}
-
-/// Matrix, strip and part of a chunk.
-fn locate<'a>(stack: &[&'a ColumnMatrix], mut chunk: usize) -> (&'a ColumnMatrix, usize, usize) {
-    for matrix in stack {
-        if chunk < matrix.chunks() {
-            return (matrix, chunk / matrix.parts, chunk % matrix.parts);
-        }
-        chunk -= matrix.chunks();
-    }
-    unreachable!("a chunk of the stack")
+    let (of_gate, of_up) = sums.split_at(gate.sums());
+    let (gate_bias, up_bias) = bias.split_at(bias.len() / 2);
+    on.team.for_plain_tiles(out, outputs, (1, FINISHED), |mut tile| {
+        let (first, out) = (tile.cols().start, tile.row(0));
+        let mut values = [0f32; FINISHED];
+        let values = &mut values[..out.len()];
+        gate.finish(list, of_gate, gate_bias, first, out);
+        up.finish(list, of_up, up_bias, first, values);
+        on.kernels.silu_mul(out, values);
+        then(first, out);
+    });
 }

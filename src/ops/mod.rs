@@ -9,7 +9,7 @@ mod matmul;
 mod norm;
 mod rope;
 
-pub use columns::{COLUMN_ROWS, ColumnMatrix, column_scratch, matmul_columns, swiglu_columns};
+pub use columns::{ColumnMatrix, ColumnMemory, ColumnScratch, PackedColumns, matmul_columns, swiglu_columns};
 pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
@@ -109,11 +109,9 @@ impl Inputs {
         touched(self.q8.row(row), group_len)
     }
 
-    /// For each row the columns that are not zero, for matrices with groups of `group_len` columns.
-    pub fn choose_columns(&self, group_len: usize, lists: &mut [ColumnList]) {
-        for (r, list) in lists[..self.rows].iter_mut().enumerate() {
-            list.choose(self.q8.row(r), group_len);
-        }
+    /// The columns of row `row` that are not zero, for matrices with groups of `group_len` columns.
+    pub fn choose_columns(&self, group_len: usize, row: usize, list: &mut ColumnList) {
+        list.choose(self.q8.row(row), group_len);
     }
 
     /// Quantises what was written to [`values_mut`](Self::values_mut).

@@ -39,9 +39,8 @@ use crate::gguf::GgmlType;
 
 /// Outputs of a tile: two cache lines of 4-bit codes a column, and 16 registers of 16 sums.
 pub const TILE: usize = 256;
-/// Most outputs of a strip: 4 KiB of 4-bit codes a column. A group of all its columns, and the next one, which is
-/// fetched meanwhile, fit an L2 cache of 512 KiB.
-pub const STRIP: usize = 32 * TILE;
+/// Most outputs of a strip: 8 KiB of 4-bit codes a column, and 64 KiB of sums.
+pub const STRIP: usize = 64 * TILE;
 /// Outputs of a last tile that is at most half full.
 const HALF_TILE: usize = TILE / 2;
 /// Bytes of a cache line.
@@ -131,16 +130,21 @@ impl ColumnLayout {
         self.cols / self.group_len()
     }
 
-    /// Number of strips; all have as many tiles, but for one.
+    /// Number of strips; all have as many tiles, but for the last.
     pub fn strips(&self) -> usize {
-        self.outputs.div_ceil(STRIP)
+        self.outputs.div_ceil(self.outputs_of_first())
+    }
+
+    /// Outputs of every strip but the last, which may have fewer, if there are several.
+    pub fn outputs_of_first(&self) -> usize {
+        let tiles = self.outputs.div_ceil(TILE);
+        tiles.div_ceil(tiles.div_ceil(STRIP / TILE)) * TILE
     }
 
     /// Outputs of strip `strip`.
     pub fn outputs_of(&self, strip: usize) -> Range<usize> {
-        let (tiles, strips) = (self.outputs.div_ceil(TILE), self.strips());
-        let at = |s: usize| (s * tiles / strips * TILE).min(self.outputs);
-        at(strip)..at(strip + 1)
+        let most = self.outputs_of_first();
+        strip * most..((strip + 1) * most).min(self.outputs)
     }
 
     /// Outputs of a strip with the padding.

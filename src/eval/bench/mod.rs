@@ -15,6 +15,7 @@ pub use rival::{Rival, RivalError};
 
 use crate::kernels::Kernels;
 use crate::machine::{Memory, int8_peak, read_sweep, sweep_buffer_of};
+use crate::memory::Pages;
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{SkipOptions, SkipStats};
@@ -80,7 +81,7 @@ pub struct BenchOptions {
 
 /// Memory that is read for comparison.
 pub struct Sweep {
-    buffer: Option<Vec<u64>>,
+    buffer: Option<Pages<u64>>,
 }
 
 impl Sweep {

@@ -1,11 +1,13 @@
 //! Calibration: what a text tells about skipping in a model, for [`Calibration`] files.
 //!
-//! The first windows of the text are held out: on them the quality of what the rest taught is measured. Four stages:
-//! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; the strengths at which
-//! policies skip given shares; the quality of some of those settings.
+//! The first windows of the text are held out: on them the quality of what the rest taught is measured. Five stages:
+//! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; what an error of each of its
+//! sides costs, by cutting it alone (`sense`); the strengths at which policies skip given shares; the quality of some
+//! of those settings.
 
 mod depth;
 mod gather;
+mod sense;
 mod weigh;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -43,9 +45,6 @@ const POINTS: [(SkipMode, &[f32]); 6] = [
 const REFINEMENTS: usize = 2;
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
-/// What an error of the last layer costs beyond what the stream's scale says: no layer after it makes up for it.
-/// Gradients measured on SmolLM2 (docs/skipping.md).
-const LAST_LAYER: f32 = 1.7;
 /// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
 const TRIM_RATIO: f64 = 0.3;
 const TRIM_ROUNDS: usize = 3;
@@ -70,6 +69,7 @@ pub struct CalibrateOptions {
 pub enum Stage {
     Activations,
     Damage,
+    Sensitivity,
     Strengths,
     Quality,
 }
@@ -220,6 +220,11 @@ impl<'t> Trials<'t> {
         Ok(trials)
     }
 
+    /// The first window alone.
+    fn first(&self) -> Self {
+        Self { windows: self.windows[..1].to_vec(), full: self.full[..1].to_vec() }
+    }
+
     /// Evaluates a window under the state's policy; the logits that foretell its [`compared`] tokens.
     fn logits(&self, model: &Model, on: Compute<'_>, state: &mut State, window: &[u32]) -> Result<Vec<f32>> {
         state.truncate(0);
@@ -261,13 +266,16 @@ fn damages(model: &Model, on: Compute<'_>, trials: &Trials<'_>, progress: Progre
 }
 
 /// Cuts of all layers. Weights are in units of the largest, so that few bits hold them.
-fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums], targets: &[f32]) -> CutPlan {
+fn plan(
+    on: Compute<'_>,
+    model: &mut Model,
+    trials: &Trials<'_>,
+    (layers, targets): (&[LayerSums], &[f32]),
+    progress: Progress<'_>,
+) -> Result<CutPlan> {
     let parts = model.layers().iter().zip(layers);
     let mut cuts: Vec<_> = parts.map(|(layer, sums)| layer_cut(on, &layer.ffn, sums)).collect();
-    if let Some(last) = cuts.last_mut() {
-        let weights = last.inputs.weight.iter_mut().chain(&mut last.inner.weight);
-        weights.for_each(|weight| *weight *= LAST_LAYER);
-    }
+    sense::weigh(model, on, trials, layers, &mut cuts, progress)?;
     on.team.for_plain_tiles(&mut cuts, 1, (1, 1), |mut tile| {
         for layer in tile.rows() {
             tile.row(layer)[0].depth = depth::fit(on, &layers[layer].traced, targets).0;
@@ -283,9 +291,9 @@ fn plan(on: Compute<'_>, model: &Model, layers: &[LayerSums], targets: &[f32]) -
     for _ in 0..TRIM_ROUNDS {
         let threshold = Shares::new(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
         let cuts = plan.layers.iter_mut().flatten();
-        cuts.zip(layers).for_each(|(cut, sums)| trim_centres(cut, sums, threshold));
+        cuts.zip(layers).for_each(|(cut, sums)| trim_centres(cut, sums, [threshold; 2]));
     }
-    plan.as_stored()
+    Ok(plan.as_stored())
 }
 
 /// First layer that may be skipped, and the first after the last: from either end inward, a layer is cold while its
@@ -365,7 +373,8 @@ fn cuts(
     (layers, targets): (&[LayerSums], &[f32]),
     progress: Progress<'_>,
 ) -> Result<CutCalibration> {
-    let plan = plan(on, model, layers, targets);
+    let first = trials.first();
+    let plan = plan(on, model, &first, (layers, targets), &mut *progress)?;
     model.prepare_cuts_by_rows(on, plan.clone(), |_, _| {})?;
     let shares = Shares::new(model, &plan, layers);
     let mut measured = Vec::new();

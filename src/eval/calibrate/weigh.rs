@@ -9,16 +9,15 @@ use crate::skip::{CutPlan, CutSide, Depth, LayerCut};
 ///
 /// Leaving an input `x_j` at its centre changes neuron `i` by about `(p_i G_ij + q_i U_ij) (x_j - c_j)` (see
 /// [`LayerSums`]) and the output by the norm of the neuron's down column times that; leaving a neuron out changes
-/// it by that norm times `a_i - c_i`. What an error of the output costs is in inverse proportion to the stream that
-/// it is added to: the gradient of the loss, measured, is so in 28 of SmolLM2's 30 layers. Divided by the root of
-/// the bytes of a column - squared errors add up, as bytes do - the weights say what a saved byte costs.
+/// it by that norm times `a_i - c_i`. What an error of the output costs is first taken to be in inverse proportion to
+/// the stream that it is added to, and then measured ([`sense`](super::sense)). Divided by the root of the bytes of a
+/// column - squared errors add up, as bytes do - the weights say what a saved byte costs.
 pub(super) fn layer_cut(on: Compute<'_>, ffn: &Ffn, sums: &LayerSums) -> LayerCut {
     let n = sums.tokens.max(1) as f64;
     let sensitivity = 1.0 / f64::from(sums.median_rms().max(f32::MIN_POSITIVE));
     let down_norms = column_energies(on, ffn);
     let input_energies = input_energies(on, ffn, sums, &down_norms);
-    let gate_up_bytes = (ffn.gate.bytes() + ffn.up.bytes()) as f64 / ffn.gate.cols() as f64;
-    let down_bytes = ffn.down.bytes() as f64 / ffn.down.cols() as f64;
+    let [gate_up_bytes, down_bytes] = column_bytes(ffn);
     let weight = |energy: f64, bytes: f64| (sensitivity * (energy / bytes).sqrt()) as f32;
     LayerCut {
         depth: Depth::default(),
@@ -33,6 +32,21 @@ pub(super) fn layer_cut(on: Compute<'_>, ffn: &Ffn, sums: &LayerSums) -> LayerCu
     }
 }
 
+/// Bytes of a column of gate and up, and of one of down.
+pub(super) fn column_bytes(ffn: &Ffn) -> [f64; 2] {
+    let gate_up = (ffn.gate.bytes() + ffn.up.bytes()) as f64 / ffn.gate.cols() as f64;
+    [gate_up, ffn.down.bytes() as f64 / ffn.down.cols() as f64]
+}
+
+/// What thresholds are compared with, of every entry of samples of a side.
+pub(super) fn scores<'s>(side: &'s CutSide, samples: &'s [f32]) -> impl Iterator<Item = f32> + 's {
+    let rows = samples.chunks_exact(side.weight.len());
+    rows.flat_map(|x| {
+        let entries = x.iter().zip(&side.centre).zip(&side.weight);
+        entries.map(|((x, centre), weight)| (x - centre).abs() * weight)
+    })
+}
+
 /// The median of each of `n` columns.
 fn medians(samples: &[f32], n: usize) -> Vec<f32> {
     let column = |j: usize| samples.iter().skip(j).step_by(n).copied().collect::<Vec<f32>>();
@@ -42,11 +56,13 @@ fn medians(samples: &[f32], n: usize) -> Vec<f32> {
 /// Least samples that a centre is taken from.
 const LEAST: usize = 8;
 
-/// Moves each centre to the mean of what is left out at `threshold`: that is what it stands for, and the mean of all
-/// values, with their heavy tails, does worse than none.
-pub(super) fn trim_centres(cut: &mut LayerCut, sums: &LayerSums, threshold: f32) {
+/// Moves each centre to the mean of what is left out at a threshold for inputs and one for neurons: that is what it
+/// stands for, and the mean of all values, with their heavy tails, does worse than none.
+pub(super) fn trim_centres(cut: &mut LayerCut, sums: &LayerSums, [inputs, inner]: [f32; 2]) {
     let factors = factors(&cut.depth, &sums.normed_samples, cut.inputs.weight.len());
-    for (side, samples) in [(&mut cut.inputs, &sums.normed_samples), (&mut cut.inner, &sums.inner_samples)] {
+    let sides =
+        [(&mut cut.inputs, &sums.normed_samples, inputs), (&mut cut.inner, &sums.inner_samples, inner)];
+    for (side, samples, threshold) in sides {
         let n = side.weight.len();
         let (mut sum, mut count) = (vec![0f64; n], vec![0usize; n]);
         for (x, factor) in samples.chunks_exact(n).zip(&factors) {
@@ -142,8 +158,7 @@ impl Shares {
             let samples = (sums.normed_samples.len() / ffn.gate.cols()).max(1) as f64;
             shares.all += samples * ffn.bytes() as f64;
             let Some(cut) = cut else { continue };
-            let gate_up = (ffn.gate.bytes() + ffn.up.bytes()) as f64 / ffn.gate.cols() as f64;
-            let down = ffn.down.bytes() as f64 / ffn.down.cols() as f64;
+            let [gate_up, down] = column_bytes(ffn);
             let factors = factors(&cut.depth, &sums.normed_samples, ffn.gate.cols());
             shares.add(&cut.inputs, &sums.normed_samples, &factors, gate_up);
             shares.add(&cut.inner, &sums.inner_samples, &factors, down);

@@ -1,9 +1,10 @@
 //! What products with chosen columns share: where the columns of a group are, and the fetching of the next group.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use crate::kernels::columns::{Bundle, ChosenGroup};
-use crate::quant::columns::ColumnStrip;
+use crate::kernels::columns::{Bundle, Chosen, ChosenGroup};
+use crate::quant::columns::{Codes, ColumnStrip};
 use crate::quant::zero_point;
 
 /// How a kernel reads codes; the values of `KIND`.
@@ -14,27 +15,72 @@ pub(in crate::kernels::x86) const BYTES: u8 = 3;
 
 /// Most bundles of a group: 32 columns.
 const BUNDLES: usize = 8;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// A group, its chosen columns and where they are.
 pub(in crate::kernels::x86) struct Group<'a> {
     pub strip: &'a ColumnStrip<'a>,
+    /// The first output wanted.
+    pub first: usize,
     /// Its scales, its mins and its columns.
     pub bytes: &'a [u8],
     pub bundles: &'a [Bundle],
     pub columns: [[*const u8; 4]; BUNDLES],
+    /// Columns without those that fill up the last bundle.
+    distinct: usize,
     /// Scale of the activations.
     pub scale: f32,
     /// Sum of the activations.
     pub sum: f32,
     /// What the dot products start from.
     pub start: i32,
-    /// Lines to fetch of the next group in each step.
-    pub ahead: usize,
+}
+
+/// The groups of a product, one after the other.
+pub(in crate::kernels::x86) struct Groups<'a> {
+    strip: &'a ColumnStrip<'a>,
+    chosen: Chosen<'a>,
+    runs: Runs,
+    first: usize,
+    /// The next group, and where its bundles begin.
+    next: usize,
+    at: usize,
+}
+
+impl<'a> Groups<'a> {
+    /// Those of a product for some outputs.
+    #[inline]
+    pub fn new(strip: &'a ColumnStrip<'a>, chosen: Chosen<'a>, outputs: &Range<usize>) -> Self {
+        let (first, at) = (outputs.start, chosen.start as usize);
+        Self { strip, chosen, runs: Runs::new(strip, outputs), first, next: 0, at }
+    }
+
+    /// The next group.
+    #[inline]
+    pub fn take(&mut self) -> Option<Group<'a>> {
+        let g = self.chosen.groups.get(self.next)?;
+        let bundles = &self.chosen.bundles[self.at..g.end as usize];
+        (self.next, self.at) = (self.next + 1, g.end as usize);
+        Some(Group::new(self.strip, g, bundles, self.first))
+    }
+
+    /// The fetching of a group in `steps` steps; nothing, if there is none.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    pub fn fetch<'g>(&self, group: Option<&'g Group<'_>>, steps: usize) -> Fetch<'g> {
+        let Some(group) = group else {
+            return Fetch { columns: &[], runs: self.runs.column, due: 0, rate: 0 };
+        };
+        fetch(group.bytes.as_ptr(), &self.runs.scales);
+        let columns = &group.columns.as_flattened()[..group.distinct];
+        Fetch { columns, runs: self.runs.column, due: 0, rate: (columns.len() << DUE).div_ceil(steps) }
+    }
 }
 
 impl<'a> Group<'a> {
     #[inline]
-    pub fn new(strip: &'a ColumnStrip<'a>, g: &ChosenGroup, bundles: &'a [Bundle], ahead: usize) -> Self {
+    fn new(strip: &'a ColumnStrip<'a>, g: &ChosenGroup, bundles: &'a [Bundle], first: usize) -> Self {
         let group = g.group as usize;
         let bytes = &strip.groups[group * strip.group_bytes..][..strip.group_bytes];
         let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
@@ -45,75 +91,83 @@ impl<'a> Group<'a> {
                 *column = bytes.as_ptr().wrapping_add(scale_bytes + in_group * strip.column_bytes);
             }
         }
+        let last = bundles.last().map_or([0; 4], |bundle| bundle.cols);
+        let repeated = last[1..].iter().filter(|&&col| col == last[0]).count();
         let sum = g.scale * g.sum as f32;
         let start = -i32::from(zero_point(strip.ty)) * g.sum;
-        Self { strip, bytes, bundles, columns, scale: g.scale, sum, start, ahead }
+        let distinct = 4 * bundles.len() - repeated;
+        Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, start }
     }
 }
 
-/// A group that is being fetched: its scales, then one column after the other. Into L2: a core can have more lines on
-/// their way to it than to L1.
-pub(in crate::kernels::x86) struct Fetch<'a> {
-    /// Where column 0 of the matrix would be if all were as far apart as in this group.
-    origin: *const u8,
-    column_bytes: usize,
-    bundles: &'a [Bundle],
-    /// The next column.
-    column: usize,
-    at: *const u8,
-    /// Lines of what is being fetched that are left.
-    left: usize,
+/// Lines that follow one another.
+#[derive(Clone, Copy)]
+struct Run {
+    offset: usize,
+    lines: usize,
 }
 
-impl<'a> Fetch<'a> {
-    #[inline]
-    pub fn new(strip: &ColumnStrip<'_>, g: &ChosenGroup, bundles: &'a [Bundle]) -> Self {
-        let group = g.group as usize;
-        let at = strip.groups[group * strip.group_bytes..].as_ptr();
-        let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
-        let before = group * strip.group_len * strip.column_bytes;
-        Self {
-            origin: at.wrapping_add(scale_bytes).wrapping_sub(before),
-            column_bytes: strip.column_bytes,
-            bundles,
-            column: 0,
-            at,
-            left: scale_bytes / 64,
+/// What the outputs that are wanted need of a group, and of a column.
+struct Runs {
+    /// Scales and mins.
+    scales: [Run; 2],
+    /// Low and high part.
+    column: [Run; 2],
+}
+
+impl Runs {
+    fn new(strip: &ColumnStrip<'_>, outputs: &Range<usize>) -> Self {
+        let Range { start, end } = *outputs;
+        let run = |start: usize, end: usize| {
+            let offset = start / LINE * LINE;
+            Run { offset, lines: (end - offset).div_ceil(LINE) }
+        };
+        let (low, high) = match strip.codes {
+            Codes::Bytes => (run(start, end), 0),
+            Codes::Table => (run(start / 2, end / 2), 0),
+            Codes::Nibbles { high } => (run(start / 2, end / 2), high),
+        };
+        let above = |at: usize| strip.low_bytes + at * high / 8;
+        let high = if high > 0 { run(above(start), above(end)) } else { run(0, 0) };
+        let mins = if strip.has_min { run(strip.width + start, strip.width + end) } else { run(0, 0) };
+        Self { scales: [run(start, end), mins], column: [low, high] }
+    }
+}
+
+/// Asks for lines. Into L2: a core can have more of them on their way to it than to L1.
+#[inline]
+#[target_feature(enable = "sse")]
+fn fetch(base: *const u8, runs: &[Run; 2]) {
+    for run in runs {
+        for line in 0..run.lines {
+            _mm_prefetch::<_MM_HINT_T1>(base.wrapping_add(run.offset + LINE * line).cast());
         }
     }
+}
 
-    /// Lines that are left at first, or some more.
-    #[inline]
-    pub fn all(&self) -> usize {
-        if self.bundles.is_empty() { 0 } else { self.left + 4 * self.bundles.len() * self.column_bytes / 64 }
-    }
+/// Binary digits of a fraction of a column that is due.
+const DUE: u32 = 16;
 
-    /// Asks for up to `n` more cache lines.
+/// A group that is being fetched, column after column: in runs that the memory system can follow.
+pub(in crate::kernels::x86) struct Fetch<'g> {
+    /// Columns that are left.
+    columns: &'g [*const u8],
+    runs: [Run; 2],
+    /// How many should be on their way by now, and how many more with each step.
+    due: usize,
+    rate: usize,
+}
+
+impl Fetch<'_> {
+    /// Asks for what is due.
     #[inline]
     #[target_feature(enable = "sse")]
-    pub fn lines(&mut self, n: usize) {
-        for _ in 0..n {
-            if self.left == 0 && !self.next_column() {
-                return;
-            }
-            _mm_prefetch::<_MM_HINT_T1>(self.at.cast());
-            self.at = self.at.wrapping_add(64);
-            self.left -= 1;
+    pub fn step(&mut self) {
+        self.due += self.rate;
+        while self.due >= 1 << DUE {
+            let Some((column, left)) = self.columns.split_first() else { return };
+            fetch(*column, &self.runs);
+            (self.columns, self.due) = (left, self.due - (1 << DUE));
         }
-    }
-
-    #[inline]
-    fn next_column(&mut self) -> bool {
-        while let Some(bundle) = self.bundles.get(self.column / 4) {
-            let (i, cols) = (self.column % 4, bundle.cols);
-            self.column += 1;
-            // A bundle that is not full repeats its first column.
-            if i == 0 || cols[i] != cols[0] {
-                self.at = self.origin.wrapping_add(cols[i] as usize * self.column_bytes);
-                self.left = self.column_bytes / 64;
-                return true;
-            }
-        }
-        false
     }
 }

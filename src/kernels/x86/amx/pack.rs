@@ -122,8 +122,7 @@ fn widen_rows<const G: usize, const MIN: bool>(form: Form, rows: usize, first: u
     let zero = _mm512_set1_epi8(range.zero as i8);
     let shift = _mm_cvtsi32_si128(range.shift as i32 - 8);
     let half = _mm512_set1_epi16(128);
-    for r in 0..rows {
-        let (factors, mins) = bits[r];
+    for (r, &(factors, mins)) in bits[..rows].iter().enumerate() {
         let mut group = first_groups;
         for step in 0..cols.div_ceil(STEP) {
             let q: &[u8; STEP] = unpacked.q[r][step * STEP..].first_chunk().expect("whole steps");

@@ -99,8 +99,8 @@ fn interleave(x: [__m256i; 4]) -> [__m256i; 4] {
     ]
 }
 
-/// `out += scale * dots + min * sum of activations` in units of the factors. Sum register `a` has eight outputs from
-/// `at + 16 a` on: the other half of the line has the eight between.
+/// `out += scale * dots + min * sum of activations` in units of the factors. Sum register `a` has the strip's eight
+/// outputs from `at + 16 a` on: the other half of the line has the eight between.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub(in crate::kernels::x86) fn add_group<const N: usize>(
@@ -116,26 +116,12 @@ pub(in crate::kernels::x86) fn add_group<const N: usize>(
         let at = at + 16 * a;
         let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dot));
         let factor = _mm256_sub_ps(codes(group.bytes, at), zero);
-        let mut total = _mm256_fmadd_ps(factor, dot, load(out, at));
+        let mut total = _mm256_fmadd_ps(factor, dot, load(out, at - group.first));
         if strip.has_min {
             let min = _mm256_mul_ps(sum, codes(group.bytes, strip.width + at));
             total = _mm256_fmadd_ps(load(strip.heads, strip.width + at), min, total);
         }
-        store(out, at, total);
-    }
-}
-
-/// From sums in units of the factors to sums of weights; `all` is the sum of all activations.
-#[inline]
-#[target_feature(enable = "avx2,fma")]
-pub(in crate::kernels::x86) fn finish(strip: &ColumnStrip<'_>, all: f32, out: &mut [f32]) {
-    let zeros = _mm256_set1_ps(strip.zeros[1] * all);
-    for at in (0..strip.width).step_by(8) {
-        let mut sum = load(out, at);
-        if strip.has_min {
-            sum = _mm256_fnmadd_ps(load(strip.heads, strip.width + at), zeros, sum);
-        }
-        store(out, at, _mm256_mul_ps(sum, load(strip.heads, at)));
+        store(out, at - group.first, total);
     }
 }
 
@@ -184,10 +170,12 @@ macro_rules! instantiate {
     ($features:literal, $multiply:path) => {
         /// See `Kernels::columns`, which asserts the lengths.
         #[target_feature(enable = $features)]
-        fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, out: &mut [f32]) {
+        fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
             use $crate::kernels::x86::IQ4_VALUES;
-            use $crate::kernels::x86::avx2::columns::{High, add_group, finish, line_of, quarters};
-            use $crate::kernels::x86::columns::{BYTES, Fetch, Group, NIBBLES, NIBBLES_AND_HIGH, TABLE};
+            use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, quarters};
+            use $crate::kernels::x86::columns::{
+                BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
+            };
             use $crate::quant::columns::{Codes, TILE};
             use $multiply as multiply;
 
@@ -202,30 +190,22 @@ macro_rules! instantiate {
             #[target_feature(enable = $features)]
             fn kernel<const KIND: u8, const N: usize, const RUN: usize>(
                 strip: &ColumnStrip<'_>,
-                chosen: Chosen<'_>,
+                mut groups: Groups<'_>,
+                outputs: Range<usize>,
                 out: &mut [f32],
             ) {
                 let high = [High::new(strip, TILE), High::new(strip, TILE / 2)];
-                let halves = strip.low_bytes / 32;
-                let mut all_sums = 0f32;
-                let mut at = chosen.start as usize;
-                let Some(g) = chosen.groups.first() else { return };
-                Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]).lines(usize::MAX);
-                for (i, g) in chosen.groups.iter().enumerate() {
-                    let bundles = &chosen.bundles[at..g.end as usize];
-                    at = g.end as usize;
-                    let mut next = match chosen.groups.get(i + 1) {
-                        Some(g) => Fetch::new(strip, g, &chosen.bundles[at..g.end as usize]),
-                        None => Fetch::new(strip, g, &[]),
-                    };
-                    let group = Group::new(strip, g, bundles, next.all().div_ceil(halves * bundles.len()));
-                    all_sums += group.sum;
-                    for half in 0..halves {
+                let halves = outputs.start / (8 * N)..outputs.end / (8 * N);
+                let mut ahead = groups.take();
+                groups.fetch(ahead.as_ref(), 1).step();
+                while let Some(group) = ahead {
+                    ahead = groups.take();
+                    let mut next = groups.fetch(ahead.as_ref(), halves.len() * group.bundles.len());
+                    for half in halves.clone() {
                         let whole = strip.width >= (line_of(half).1 + 1) * TILE;
                         half_line::<KIND, N, RUN>(&group, &high[usize::from(!whole)], half, &mut next, out);
                     }
                 }
-                finish(strip, all_sums, out);
             }
 
             /// A group times the outputs of half a line.
@@ -248,7 +228,7 @@ macro_rules! instantiate {
                         *sum = multiply::open(*sum);
                     }
                     for (bundle, columns) in bundles.iter().zip(columns) {
-                        next.lines(group.ahead);
+                        next.step();
                         let acts = _mm256_set1_epi32(bundle.acts as i32);
                         add_bundle::<KIND, N>(strip, columns, index, high, acts, &mut sums);
                     }
@@ -316,12 +296,14 @@ macro_rules! instantiate {
                 multiply::add(sum, _mm256_abs_epi8(w), _mm256_sign_epi8(acts, w))
             }
 
+            out.fill(0.0);
+            let groups = Groups::new(strip, chosen, &outputs);
             match strip.codes {
-                Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, chosen, out),
-                Codes::Nibbles { high: 1 } => kernel::<NIBBLES_AND_HIGH, 8, 4>(strip, chosen, out),
-                Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH, 8, 2>(strip, chosen, out),
-                Codes::Table => kernel::<TABLE, 8, 1>(strip, chosen, out),
-                Codes::Bytes => kernel::<BYTES, 4, 1>(strip, chosen, out),
+                Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, groups, outputs, out),
+                Codes::Nibbles { high: 1 } => kernel::<NIBBLES_AND_HIGH, 8, 4>(strip, groups, outputs, out),
+                Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH, 8, 2>(strip, groups, outputs, out),
+                Codes::Table => kernel::<TABLE, 8, 1>(strip, groups, outputs, out),
+                Codes::Bytes => kernel::<BYTES, 4, 1>(strip, groups, outputs, out),
             }
         }
     };

@@ -10,6 +10,7 @@ pub(super) mod dot;
 pub(super) mod gemm;
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use crate::gguf::GgmlType;
 use crate::kernels::columns::Chosen;

@@ -2,6 +2,7 @@
 //! signed bytes to each 32-bit lane exactly.
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use crate::gguf::GgmlType;
 use crate::kernels::columns::Chosen;
