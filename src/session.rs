@@ -1,11 +1,14 @@
 //! A sequence in progress: tokens in, an iterator of tokens out. All mutable state meets here.
 
+mod batch;
 mod draft;
+mod writer;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use batch::{Batch, Lane};
 pub use draft::{DraftMode, DraftOptions, DraftStats, MAX_DRAFT};
 
 use crate::gguf::Metadata;
@@ -15,9 +18,10 @@ use crate::ops::Compute;
 use crate::sampler::{Constraint, ConstraintError, Sampler, StopMatcher, TokenTable};
 use crate::skip::{SkipOptions, SkipStats};
 use crate::threads::{PinError, Team};
-use crate::tokenizer::{Detokenizer, Tokenizer, TokenizerError};
+use crate::tokenizer::{Tokenizer, TokenizerError};
 use crate::weights::{LoadOptions, Progress};
 use draft::Length;
+use writer::Writer;
 
 /// A loaded model with what is needed to run it. Sessions borrow it.
 pub struct Engine {
@@ -393,17 +397,10 @@ impl<'e> Session<'e> {
 
     /// Generates up to `max` tokens after what is in the cache.
     pub fn generate<'s>(&'s mut self, sampling: Sampling<'s>, max: usize) -> Generation<'s, 'e> {
-        let detokenizer = self.engine.tokenizer.detokenizer();
         let drafting = (self.options.draft.mode != DraftMode::Off).then(|| Drafting::new(self.options.draft));
-        Generation {
-            session: self,
-            sampling,
-            detokenizer,
-            remaining: max,
-            end: None,
-            pending: None,
-            drafting,
-        }
+        let Sampling { sampler, constraint, stop, ignore_eos } = sampling;
+        let writer = Writer::new(&self.engine.tokenizer, stop, ignore_eos, max);
+        Generation { session: self, sampler, constraint, writer, pending: None, drafting }
     }
 }
 
@@ -443,10 +440,9 @@ pub struct Piece {
 /// An iterator of [`Piece`]s. Dropping it ends the generation; the session keeps what was evaluated.
 pub struct Generation<'s, 'e> {
     session: &'s mut Session<'e>,
-    sampling: Sampling<'s>,
-    detokenizer: Detokenizer<'e>,
-    remaining: usize,
-    end: Option<End>,
+    sampler: &'s mut Sampler,
+    constraint: Option<&'s mut Constraint>,
+    writer: Writer<'e>,
     /// Sampled, not evaluated yet: the last token of an answer need not be.
     pending: Option<u32>,
     drafting: Option<Drafting>,
@@ -540,81 +536,58 @@ impl Drafting {
 impl Generation<'_, '_> {
     /// Why the generation ended, once it has.
     pub fn end(&self) -> Option<End> {
-        self.end
+        self.writer.end
     }
 
     fn advance(&mut self) -> Result<Option<Piece>, SessionError> {
-        if self.end.is_some() {
+        if self.writer.end.is_some() {
             return Ok(None);
         }
-        if self.remaining == 0 {
-            return Ok(self.finish(End::Length, None));
+        if self.writer.remaining == 0 {
+            return Ok(self.writer.finish(End::Length, self.pending));
         }
         let started = Instant::now();
-        if let Some(token) = self.pending.take() {
+        if let Some(token) = self.pending {
             let full = self.session.tokens.len() >= self.session.context();
             if full && !self.session.options.context_shift {
-                return Ok(self.finish(End::ContextFull, None));
+                return Ok(self.writer.finish(End::ContextFull, self.pending));
             }
+            self.pending = None;
             self.evaluate(token)?;
         }
         let id = self.sample()?;
         self.session.times.generation_time += started.elapsed();
         self.session.times.generated_tokens += 1;
-        self.remaining -= 1;
-        let ended = self.session.engine.tokenizer.is_end_of_generation(id);
-        if ended && !self.sampling.ignore_eos {
-            return Ok(self.finish(End::EndOfGeneration, Some(id)));
+        if !self.writer.ends(id) {
+            self.pending = Some(id);
         }
-        self.pending = Some(id);
-        let text = self.detokenizer.push(id);
-        let step = self.sampling.stop.push(&text);
-        let (text, stopped) = (step.emit.to_owned(), step.stopped.is_some());
-        if stopped {
-            self.end = Some(End::StopString);
-        }
-        Ok(Some(Piece { id, text }))
+        Ok(self.writer.take(id))
     }
 
     fn evaluate(&mut self, token: u32) -> Result<(), SessionError> {
         let Some(drafting) = &mut self.drafting else { return self.session.push(token) };
-        let tokenizer = &self.session.engine.tokenizer;
-        let ends = |id| !self.sampling.ignore_eos && tokenizer.is_end_of_generation(id);
-        drafting.evaluate(self.session, token, self.remaining - 1, ends)
+        let writer = &self.writer;
+        drafting.evaluate(self.session, token, writer.remaining - 1, |id| writer.ends(id))
     }
 
     fn sample(&mut self) -> Result<u32, SessionError> {
-        let Sampling { sampler, constraint, .. } = &mut self.sampling;
         let vocab = self.session.engine.model.config().vocab;
         let logits = match &mut self.drafting {
             Some(d) if !d.logits.is_empty() => &mut d.logits[d.row * vocab..][..vocab],
             _ => self.session.logits()?,
         };
-        if let Some(constraint) = constraint {
+        if let Some(constraint) = &mut self.constraint {
             constraint.mask(logits)?;
         }
-        let id = sampler.sample(logits);
-        sampler.accept(id);
-        if let Some(constraint) = constraint {
+        let id = self.sampler.sample(logits);
+        self.sampler.accept(id);
+        if let Some(constraint) = &mut self.constraint {
             constraint.accept(id)?;
         }
         if let Some(drafting) = &mut self.drafting {
             drafting.sampled(&mut self.session.drafts, id);
         }
         Ok(id)
-    }
-
-    /// Ends with what is still held back.
-    fn finish(&mut self, end: End, id: Option<u32>) -> Option<Piece> {
-        self.end = Some(end);
-        let rest = self.detokenizer.finish();
-        let step = self.sampling.stop.push(&rest);
-        let (mut text, stopped) = (step.emit.to_owned(), step.stopped.is_some());
-        if !stopped {
-            text.push_str(&self.sampling.stop.flush());
-        }
-        let id = id.or(self.pending)?;
-        (!text.is_empty()).then_some(Piece { id, text })
     }
 }
 
@@ -624,7 +597,7 @@ impl Iterator for Generation<'_, '_> {
     fn next(&mut self) -> Option<Self::Item> {
         let piece = self.advance();
         if piece.is_err() {
-            self.end.get_or_insert(End::EndOfGeneration);
+            self.writer.end.get_or_insert(End::EndOfGeneration);
         }
         piece.transpose()
     }

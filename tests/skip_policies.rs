@@ -77,7 +77,7 @@ fn a_layer_left_out_passes_the_stream_on() {
 #[test]
 fn layers_left_out_do_not_depend_on_the_steps() {
     let (model, team) = (model(), Team::new(2).unwrap());
-    let policy = || Box::new(SkipDecode::new(0.5, 3, 1..11));
+    let policy = || Box::new(SkipDecode::new(0.5, 3..SkipDecode::HORIZON, 1..11));
     let ids = ids(40);
     let (together, _) = logits(&model, &team, policy(), &ids, 40);
     let (some, _) = logits(&model, &team, policy(), &ids, GEMM_ROWS - 1);

@@ -294,8 +294,24 @@ impl SkipArgs {
         self.options(model, on)
     }
 
+    /// [`of_engine`](Self::of_engine) for measuring quality: what is cut is read all the same, which gives the same
+    /// results in any company; `skipdecode` reaches its depth over `horizon` tokens.
+    pub fn by_rows(&self, engine: &mut Engine, horizon: usize) -> Result<SkipOptions, Failure> {
+        let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
+        let options = SkipOptions { horizon: Some(horizon), ..self.checked(model)? };
+        model.policy(&options).map_err(Failure::usage)?;
+        model.prepare_skip_by_rows(on, &options)?;
+        Ok(options)
+    }
+
     /// The options, checked for the model they are for, which is made ready for them.
     pub fn options(&self, model: &mut Model, on: Compute<'_>) -> Result<SkipOptions, Failure> {
+        let options = self.checked(model)?;
+        prepare(model, on, &options)?;
+        Ok(options)
+    }
+
+    fn checked(&self, model: &Model) -> Result<SkipOptions, Failure> {
         let options = SkipOptions {
             mode: self.skip,
             ratio: self.skip_ratio,
@@ -305,13 +321,13 @@ impl SkipArgs {
             cold: self.skip_cold,
             seed: self.skip_seed,
             prefill: self.skip_prefill,
+            horizon: None,
         };
         self.calibrate(model)?;
         model.policy(&options).map_err(Failure::usage)?;
         if options.mode == SkipMode::Auto {
             announce(model.calibration().and_then(Calibration::auto_point));
         }
-        prepare(model, on, &options)?;
         Ok(options)
     }
 

@@ -1,5 +1,6 @@
 //! `skiff eval`: the paper's tasks, policies side by side.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -28,9 +29,9 @@ Examples:
   skiff eval --task mt-bench --data question.jsonl --limit 16 --out mt.jsonl --answers answers/
   skiff eval --task mt-bench --data question.jsonl --out mt.jsonl --resume --judge-url http://localhost:8080
 
-The full model and each policy at each ratio answer the same items from the same prompts, greedily; all of an item before
-the next, so that a table can be had at any time. Prompts run in full. Results are kept in --out as they come; after a
-kill, --resume goes on and loses one answer at most. A mean stands with its 95 % interval: Wilson's for shares of answers,
+The full model and each policy at each ratio answer the same items from the same prompts, greedily, --parallel answers
+side by side; all of an item before the next, so that a table can be had at any time. Prompts run in full, once for all
+policies. Results are kept in --out as they come; after a kill, --resume goes on and loses the answers in progress. A mean stands with its 95 % interval: Wilson's for shares of answers,
 the normal one elsewhere; `less full` is the mean difference from the full model on the same items. After Ctrl-C the
 answers so far are reported, with exit code 130.";
 
@@ -74,6 +75,9 @@ pub(super) struct EvalArgs {
     /// Tokens that fit, prompt and answer together; a longer story is cut
     #[arg(short = 'c', long = "ctx-size", value_name = "N", default_value_t = 4096, value_parser = in_range(64, MAX_CONTEXT))]
     context: usize,
+    /// Answers that are generated side by side; they do not depend on it, speed and memory do
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = in_range(1, 512))]
+    parallel: usize,
     /// Write the answers of each policy to DIR in FastChat's format
     #[arg(long, value_name = "DIR")]
     answers: Option<PathBuf>,
@@ -181,7 +185,7 @@ pub(super) fn run(args: &EvalArgs) -> Outcome {
         contenders: &contenders,
         listener: Listener::new(),
     };
-    let mut runner = tasks::Runner::new(&engine, settings)?;
+    let mut runner = tasks::Runner::new(&engine, settings, args.parallel)?;
     run.answer_all(&mut runner, &mut ledger)?;
     if let Some(url) = &args.judge_url {
         let key = std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty());
@@ -270,7 +274,7 @@ impl EvalArgs {
                 if let Some((start, end)) = self.skip_cold {
                     strength.push_str(&format!(" of layers {start} to {end}"));
                 }
-                match self.skip_args(mode, ratio.map(|r| r / 100.0)).of_engine(engine) {
+                match self.skip_args(mode, ratio.map(|r| r / 100.0)).by_rows(engine, self.max_tokens()) {
                     Ok(skip) => contenders.push(Contender { policy: mode.name().into(), strength, skip }),
                     Err(Failure::Usage(why)) if !named || ratio.is_some() => {
                         note(&format!("left out: {} {strength}: {why}", mode.name()));
@@ -315,49 +319,39 @@ impl EvalArgs {
 
 impl Run<'_> {
     fn answer_all(&self, runner: &mut tasks::Runner<'_>, ledger: &mut Ledger) -> Outcome {
-        let known = |ledger: &Ledger, c: &Contender, item: &Item| {
-            ledger.answer(&self.settings, &c.policy, &c.strength, &item.id).cloned()
-        };
-        let total = self.items.len() * self.contenders.len();
-        let bar = progress_bar(total, "answers {wide_bar} {pos}/{len}, {eta} left, {msg}", self.args.quiet);
-        bar.enable_steady_tick(Duration::from_millis(200));
-        for item in self.items {
-            let mut full: Option<Record> = None;
-            for contender in self.contenders {
-                bar.set_message(format!("{} {}", contender.policy, contender.strength));
-                let answered = match known(ledger, contender, item) {
-                    Some(record) => {
-                        // Not done now: it says nothing about the time left.
-                        bar.set_length(bar.length().unwrap_or(1).saturating_sub(1));
-                        record
-                    }
-                    None => {
-                        let go = || !self.listener.raised();
-                        let record = runner.answer(item, contender, full.as_ref(), go)?;
-                        let Some(mut record) = record.filter(|_| go()) else {
-                            bar.finish_and_clear();
-                            return Ok(());
-                        };
-                        (record.settings, record.model) = (self.settings.clone(), self.model.clone());
-                        ledger.push(Row::Answer { answer: record.clone() })?;
-                        bar.inc(1);
-                        record
-                    }
-                };
-                if contender.policy == "off" {
-                    full = Some(answered);
-                }
-            }
+        let mut before: HashMap<(String, String, String), Record> = HashMap::new();
+        for r in ledger.answers.iter().filter(|r| r.settings == self.settings) {
+            before.insert((r.policy.clone(), r.strength.clone(), r.item.clone()), r.clone());
         }
+        let known = |item: &Item, c: &Contender| {
+            before.get(&(c.policy.clone(), c.strength.clone(), item.id.clone())).cloned()
+        };
+        let pairs = self.items.iter().flat_map(|item| self.contenders.iter().map(move |c| (item, c)));
+        let open = pairs.filter(|(item, c)| known(item, c).is_none()).count();
+        let bar = progress_bar(open, "answers {wide_bar} {pos}/{len}, {eta} left, {msg}", self.args.quiet);
+        bar.enable_steady_tick(Duration::from_millis(200));
+        let answered = |mut record: Record| {
+            (record.settings, record.model) = (self.settings.clone(), self.model.clone());
+            bar.set_message(format!("{} {}", record.policy, record.strength));
+            bar.inc(1);
+            ledger.push(Row::Answer { answer: record })
+        };
+        let go = || !self.listener.raised();
+        runner.answer_all(self.items, self.contenders, known, answered, go)?;
         bar.finish_and_clear();
         Ok(())
     }
 
     /// The answers to the items of this run.
+    ///
+    /// In the order of items: that in which answers were complete is not to be seen in sums.
     fn records<'l>(&self, ledger: &'l Ledger) -> Vec<&'l Record> {
-        let asked =
-            |r: &&Record| r.settings == self.settings && self.items.iter().any(|item| item.id == r.item);
-        ledger.answers.iter().filter(asked).collect()
+        let place: HashMap<&str, usize> =
+            self.items.iter().enumerate().map(|(i, item)| (item.id.as_str(), i)).collect();
+        let of_run = |r: &&Record| r.settings == self.settings && place.contains_key(r.item.as_str());
+        let mut records: Vec<&Record> = ledger.answers.iter().filter(of_run).collect();
+        records.sort_by_key(|r| place[r.item.as_str()]);
+        records
     }
 
     /// Has every answer judged that has not been.

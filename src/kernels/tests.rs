@@ -1,5 +1,6 @@
 //! Every available kernel, every type, awkward shapes, against the scalar code on the same inputs.
 
+use super::float::Rows;
 use super::*;
 use crate::quant::columns::{ColumnLayout, ColumnStrip, Touched};
 use crate::quant::{is_quantised, quantize_row};
@@ -617,6 +618,39 @@ fn attention_products_equal_exact_ones() {
             for (i, out) in out.iter().enumerate() {
                 let sum: f64 = (0..n).map(|j| product(w[j], wide[j * dim + i])).sum();
                 assert!((f64::from(*out) - f64::from(q[i]) - sum).abs() < 1e-4, "{} {dim}x{n}", k.name());
+            }
+        }
+    }
+}
+
+/// Heads of a group share keys and values; none sees that it is not alone.
+#[test]
+fn attention_products_of_several_rows_are_those_of_each() {
+    let mut rng = Rng(37);
+    for k in kernels_under_test().into_iter().chain([scalar()]) {
+        for (rows, dim, n) in
+            [(1, 64, 9), (2, 64, 7), (3, 128, 4), (4, 80, 6), (6, 64, 5), (7, 20, 5), (3, 64, 0)]
+        {
+            let stride = n + 3;
+            let (q, w) = (rng.floats(rows * dim), rng.floats(rows * stride));
+            let half: Vec<u16> =
+                rng.floats(dim * n).iter().map(|&b| half::f16::from_f32(b).to_bits()).collect();
+            let wide: Vec<f32> = half.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect();
+            let queries = Rows { data: &q, rows, cols: dim, stride: dim };
+            let weights = Rows { data: &w, rows, cols: n, stride };
+            let (mut scores, mut scores_f16) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
+            k.dots_of_rows(queries, &wide, (&mut scores, stride));
+            k.dots_f16_of_rows(queries, &half, (&mut scores_f16, stride));
+            let (mut out, mut out_f16) = (q.clone(), q.clone());
+            k.add_weighted_rows(&mut out, weights, &wide);
+            k.add_weighted_f16_rows(&mut out_f16, weights, &half);
+            assert!(scores == scores_f16 && out == out_f16, "{} {rows}x{dim}x{n}", k.name());
+            for r in 0..rows {
+                let (mut alone, mut sum) = (vec![0.0; n], q[r * dim..][..dim].to_vec());
+                k.dots(&q[r * dim..][..dim], &wide, &mut alone);
+                k.add_weighted(&mut sum, &w[r * stride..][..n], &wide);
+                assert!(alone == scores[r * stride..][..n], "{} {rows}x{dim}x{n}", k.name());
+                assert!(sum == out[r * dim..][..dim], "{} {rows}x{dim}x{n}", k.name());
             }
         }
     }

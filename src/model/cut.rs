@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::forward::observe;
-use super::{FfnStep, Layer, Model, ModelError, State};
+use super::{Buffers, Layer, Model, ModelError, Part};
 use crate::kernels::ColumnList;
 use crate::ops::{
     ColumnMatrix, ColumnMemory, ColumnScratch, Compute, Epilogue, Inputs, MatmulScratch, PackedColumns,
@@ -166,15 +166,14 @@ impl Model {
     pub(super) fn ffn_cut(
         &self,
         on: Compute<'_>,
-        state: &mut State,
+        s: &mut Buffers,
+        parts: &mut [Part<'_>],
         layer: &Layer,
         prepared: &PreparedCut,
         index: usize,
-        step: FfnStep,
     ) {
         let c = &self.config;
-        let observed = state.observed(step);
-        let State { scratch: s, policy, stats, .. } = state;
+        let observed = parts.iter().any(Part::observed);
         let (rows, plan) = (&s.cut_rows[..], &prepared.plan);
         let (cuts, factors) = (&mut s.cuts[..], &s.cut.factors[..]);
         s.cut.touched.clear();
@@ -194,10 +193,13 @@ impl Model {
         let out = &mut s.ffn_out[..rows.len() * c.embedding];
         prepared.down(on, layer, &s.inner, &mut s.cut, &mut s.matmul, out);
         if observed {
-            observe(on, &s.x, rows, out, (&mut **policy, &mut s.policies), stats, index, step);
+            observe(on, &s.x, rows, out, &s.owners, parts, index);
         }
         add_rows(&mut s.x, rows, out, c.embedding);
-        stats.unread(index, prepared.unread(layer, &s.cut.touched));
+        for (&row, &touched) in rows.iter().zip(&s.cut.touched) {
+            let stats = &mut parts[s.owners[row].part].sequence.stats;
+            stats.unread(index, prepared.unread(layer, touched));
+        }
     }
 }
 
@@ -253,7 +255,7 @@ impl PreparedCut {
     ) {
         let (bias, side, n, ffn) =
             (&self.gate_up_base[..], &self.plan.inner, x.rows(), layer.ffn.gate.rows());
-        if let Some(c) = self.columns.as_ref().filter(|_| n == 1) {
+        if let Some(c) = self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
             x.choose_columns(c.gate.layout().group_len(), 0, &mut s.inputs);
             let (list, out) = (&s.inputs, inner.values_mut());
             swiglu_columns(on, &c.gate, &c.up, list, bias, &mut s.columns, out, |first, inner| {
@@ -286,7 +288,7 @@ impl PreparedCut {
         out: &mut [f32],
     ) {
         let (bias, n) = (&self.down_base, x.rows());
-        match self.columns.as_ref().filter(|_| n == 1) {
+        match self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
             Some(c) => {
                 x.choose_columns(c.down.layout().group_len(), 0, &mut s.inner);
                 matmul_columns(on, &c.down, &s.inner, bias, &mut s.columns, out);
@@ -299,14 +301,11 @@ impl PreparedCut {
         }
     }
 
-    /// Bytes of the layer's FFN that rows which touch so much of it leave unread, one row at a time.
-    fn unread(&self, layer: &Layer, touched: &[[Touched; 2]]) -> i64 {
+    /// Bytes of the layer's FFN that a row which touches so much of it leaves unread.
+    fn unread(&self, layer: &Layer, [inputs, inner]: [Touched; 2]) -> i64 {
         let Some(l) = &self.layouts else { return 0 };
-        let all = layer.ffn.bytes() as i64;
-        let read = |[inputs, inner]: [Touched; 2]| {
-            l.gate.bytes_read(inputs) + l.up.bytes_read(inputs) + l.down.bytes_read(inner)
-        };
-        touched.iter().map(|&t| all - read(t) as i64).sum()
+        let read = l.gate.bytes_read(inputs) + l.up.bytes_read(inputs) + l.down.bytes_read(inner);
+        layer.ffn.bytes() as i64 - read as i64
     }
 }
 

@@ -1,57 +1,51 @@
 //! The forward pass.
 
+use super::buffers::Owner;
 use super::probe::{FfnRows, Matrices};
-use super::{Attention, FfnStep, Layer, Model, ModelError, State};
-use crate::ops::attention::{self, attention};
+use super::{Attention, Buffers, Layer, Model, ModelError, Part};
+use crate::ops::attention::{self, AttentionScratch, attention};
 use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
 use crate::quant::Matrix;
-use crate::skip::{Decision, SkipPolicy, SkipStats};
 
 impl Model {
-    /// Evaluates `tokens` after those that `state` holds, and leaves their residual streams in it.
+    /// Evaluates the tokens of each part after those that its sequence holds, all in one step that reads each weight
+    /// once, and leaves their residual streams in the buffers, the rows in the order of the parts.
     ///
     /// # Errors
-    /// A token id outside the vocabulary, or no room in the context or the batch.
-    pub fn forward(
+    /// A token id outside the vocabulary, or no room in a context: then nothing was evaluated.
+    ///
+    /// # Panics
+    /// If there are more tokens than the buffers have rows, or a part has none.
+    pub fn forward_parts(
         &self,
         on: Compute<'_>,
-        state: &mut State,
-        tokens: &[u32],
-        step: FfnStep,
+        buffers: &mut Buffers,
+        parts: &mut [Part<'_>],
     ) -> Result<(), ModelError> {
-        self.check(state, tokens)?;
-        state.begin_step(tokens.len(), step);
-        self.embed(tokens, &mut state.scratch.x);
-        let first = state.position;
+        self.check(buffers, parts)?;
+        buffers.begin_step(parts);
+        self.embed(parts, &mut buffers.x);
         let (frequencies, magnitude) = (&self.rope_frequencies, self.config.rope.magnitude());
-        state.scratch.rope.fill(on, frequencies, magnitude, first, tokens.len());
+        buffers.rope.fill(on, frequencies, magnitude, &buffers.positions);
         for (i, layer) in self.layers.iter().enumerate() {
-            state.show_stream(i, tokens.len());
-            state.choose_layer_rows(i, tokens.len(), step);
-            self.attention(on, state, layer, i, tokens.len());
-            self.ffn(on, state, layer, i, tokens.len(), step);
+            buffers.show_stream(i);
+            buffers.choose_layer_rows(parts, i);
+            self.attention(on, buffers, parts, layer, i);
+            self.ffn(on, buffers, parts, layer, i);
         }
-        state.show_stream(self.layers.len(), tokens.len());
-        state.end_step(tokens.len(), step);
+        buffers.show_stream(self.layers.len());
+        parts.iter_mut().for_each(Part::end);
         Ok(())
     }
 
-    /// Logits of row `row` of the last step, `[vocab]`.
-    pub fn logits<'s>(&self, on: Compute<'_>, state: &'s mut State, row: usize) -> &'s mut [f32] {
-        let s = &mut state.scratch;
-        self.project(on, &s.x, &[row], &mut s.last, &mut s.logits, &mut s.matmul);
-        &mut s.logits
-    }
-
     /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`.
-    pub fn logits_of(
+    pub fn logits_of_parts(
         &self,
         on: Compute<'_>,
-        state: &mut State,
+        s: &mut Buffers,
         rows: std::ops::Range<usize>,
         out: &mut [f32],
     ) {
-        let s = &mut state.scratch;
         self.project(on, &s.x, &s.all_rows[rows], &mut s.last, out, &mut s.matmul);
     }
 
@@ -71,22 +65,27 @@ impl Model {
         matmul(on, &[self.output.matrix()], normed, Epilogue::Store, out, scratch);
     }
 
-    fn check(&self, state: &State, tokens: &[u32]) -> Result<(), ModelError> {
-        let vocab = self.config.vocab;
-        if let Some(i) = tokens.iter().position(|&id| id as usize >= vocab) {
-            return Err(ModelError::TokenId { id: tokens[i], position: state.position + i, vocab });
+    fn check(&self, buffers: &Buffers, parts: &[Part<'_>]) -> Result<(), ModelError> {
+        let (vocab, mut rows) = (self.config.vocab, 0);
+        for Part { sequence, tokens, .. } in parts {
+            if let Some(i) = tokens.iter().position(|&id| id as usize >= vocab) {
+                return Err(ModelError::TokenId { id: tokens[i], position: sequence.position + i, vocab });
+            }
+            let (needed, context) = (sequence.position + tokens.len(), sequence.context());
+            if needed > context {
+                return Err(ModelError::ContextFull { needed, context });
+            }
+            assert!(!tokens.is_empty(), "a part has at least one token");
+            rows += tokens.len();
         }
-        let (needed, context) = (state.position + tokens.len(), state.context());
-        if needed > context {
-            return Err(ModelError::ContextFull { needed, context });
-        }
-        assert!(!tokens.is_empty() && tokens.len() <= state.batch(), "a step takes 1 to `batch` tokens");
+        assert!((1..=buffers.batch).contains(&rows), "a step takes 1 to `batch` tokens");
         Ok(())
     }
 
-    fn embed(&self, tokens: &[u32], x: &mut [f32]) {
+    fn embed(&self, parts: &[Part<'_>], x: &mut [f32]) {
         let embedding = self.embedding.matrix();
-        for (&id, x) in tokens.iter().zip(x.chunks_exact_mut(self.config.embedding)) {
+        let tokens = parts.iter().flat_map(|part| part.tokens);
+        for (&id, x) in tokens.zip(x.chunks_exact_mut(self.config.embedding)) {
             embedding.dequantize_row(id as usize, x);
         }
     }
@@ -94,35 +93,36 @@ impl Model {
     /// `x += W_o attention(rope(W_q norm(x)), rope(W_k norm(x)), W_v norm(x))`
     ///
     /// Rows that leave the layer out have keys and values all the same, so that no later token finds a hole.
-    fn attention(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize) {
-        if state.scratch.in_layer.is_empty() {
-            return self.keys_and_values(on, state, &layer.attention, index, n);
+    fn attention(
+        &self,
+        on: Compute<'_>,
+        s: &mut Buffers,
+        parts: &mut [Part<'_>],
+        layer: &Layer,
+        index: usize,
+    ) {
+        if s.in_layer.is_empty() {
+            return self.keys_and_values(on, s, parts, &layer.attention, index);
         }
-        let c = &self.config;
-        let w = &layer.attention;
-        let (first, s) = (state.position, &mut state.scratch);
+        let (c, w, n) = (&self.config, &layer.attention, s.rows());
         let (q_dim, kv_dim) = (c.q_dim(), c.kv_dim());
         let qkv_dim = q_dim + 2 * kv_dim;
         let qkv = &mut s.qkv[..n * qkv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
-        if let Some(probe) = &mut state.probe {
+        if let Some(probe) = &mut s.probe {
             probe.matmul(index, Matrices::Qkv, &s.normed);
         }
         let stack = [w.q.matrix(), w.k.matrix(), w.v.matrix()];
         matmul(on, &stack, &s.normed, Epilogue::Bias(&w.qkv_bias), qkv, &mut s.matmul);
         s.rope.apply(on, c.rope.style, qkv, qkv_dim, c.heads + c.kv_heads, c.head_dim);
+        let kv = qkv.chunks_exact(qkv_dim).map(|qkv| &qkv[q_dim..]);
+        remember(&s.owners, &s.positions, parts, index, kv, kv_dim);
 
-        let (keys, values) = state.kv.layer_mut(index);
-        for (t, qkv) in qkv.chunks_exact(qkv_dim).enumerate() {
-            keys.write(first + t, &qkv[q_dim..][..kv_dim]);
-            values.write(first + t, &qkv[q_dim + kv_dim..]);
-        }
-        let (keys, values) = state.kv.layer(index);
         s.attended.reshape(n, q_dim);
-        let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim, first };
-        attention(on, shape, (qkv, qkv_dim), keys, values, s.attended.values_mut(), &mut s.attention);
+        let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim };
+        attend(on, shape, (qkv, qkv_dim), parts, index, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
-        if let Some(probe) = &mut state.probe {
+        if let Some(probe) = &mut s.probe {
             probe.matmul(index, Matrices::AttentionOutput, &s.attended);
         }
         let output = [w.output.matrix()];
@@ -140,9 +140,15 @@ impl Model {
     }
 
     /// The part of [`attention`](Self::attention) that later tokens need.
-    fn keys_and_values(&self, on: Compute<'_>, state: &mut State, w: &Attention, index: usize, n: usize) {
-        let c = &self.config;
-        let (first, s) = (state.position, &mut state.scratch);
+    fn keys_and_values(
+        &self,
+        on: Compute<'_>,
+        s: &mut Buffers,
+        parts: &mut [Part<'_>],
+        w: &Attention,
+        index: usize,
+    ) {
+        let (c, n) = (&self.config, s.rows());
         let kv_dim = c.kv_dim();
         let kv = &mut s.qkv[..n * 2 * kv_dim];
         rms_norm(on, &s.x, &s.all_rows[..n], &w.norm, c.norm_eps, &mut s.normed);
@@ -150,27 +156,18 @@ impl Model {
         let bias = w.qkv_bias.get(c.q_dim()..).unwrap_or_default();
         matmul(on, &stack, &s.normed, Epilogue::Bias(bias), kv, &mut s.matmul);
         s.rope.apply(on, c.rope.style, kv, 2 * kv_dim, c.kv_heads, c.head_dim);
-        let (keys, values) = state.kv.layer_mut(index);
-        for (t, kv) in kv.chunks_exact(2 * kv_dim).enumerate() {
-            keys.write(first + t, &kv[..kv_dim]);
-            values.write(first + t, &kv[kv_dim..]);
-        }
+        remember(&s.owners, &s.positions, parts, index, kv.chunks_exact(2 * kv_dim), kv_dim);
     }
 
     /// The FFN of the rows that the policy lets run, in full or cut.
-    fn ffn(&self, on: Compute<'_>, state: &mut State, layer: &Layer, index: usize, n: usize, step: FfnStep) {
-        state.choose_rows(index, step, self.cut(index).is_some());
-        let (full, cut) = (state.scratch.active.len(), state.scratch.cut_rows.len());
-        if step != FfnStep::Full {
-            state.stats.ran(index, (full + cut) as u64);
-            state.stats.skipped(index, (n - full - cut) as u64);
-            state.stats.left_out(index, (n - state.scratch.in_layer.len()) as u64);
+    fn ffn(&self, on: Compute<'_>, s: &mut Buffers, parts: &mut [Part<'_>], layer: &Layer, index: usize) {
+        let cut = self.cut(index);
+        s.choose_rows(parts, index, cut.is_some());
+        if !s.active.is_empty() {
+            self.ffn_full(on, s, parts, layer, index);
         }
-        if full > 0 {
-            self.ffn_full(on, state, layer, index, n, step);
-        }
-        if let Some(prepared) = self.cut(index).filter(|_| cut > 0) {
-            self.ffn_cut(on, state, layer, prepared, index, step);
+        if let Some(prepared) = cut.filter(|_| !s.cut_rows.is_empty()) {
+            self.ffn_cut(on, s, parts, layer, prepared, index);
         }
     }
 
@@ -178,26 +175,23 @@ impl Model {
     fn ffn_full(
         &self,
         on: Compute<'_>,
-        state: &mut State,
+        s: &mut Buffers,
+        parts: &mut [Part<'_>],
         layer: &Layer,
         index: usize,
-        n: usize,
-        step: FfnStep,
     ) {
-        let c = &self.config;
-        let w = &layer.ffn;
-        let observed = state.observed(step);
-        let State { scratch: s, policy, stats, probe, .. } = state;
+        let (c, w, n) = (&self.config, &layer.ffn, s.rows());
+        let observed = parts.iter().any(Part::observed);
         rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);
-        if let Some(probe) = probe {
+        if let Some(probe) = &mut s.probe {
             probe.matmul(index, Matrices::GateUp, &s.normed);
             probe.matmul(index, Matrices::Down, &s.inner);
         }
         let down: [Matrix<'_>; 1] = [w.down.matrix()];
-        if s.active.len() == n && !observed && probe.is_none() {
+        if s.active.len() == n && !observed && s.probe.is_none() {
             let x = &mut s.x[..n * c.embedding];
             matmul(on, &down, &s.inner, Epilogue::Add, x, &mut s.matmul);
             return;
@@ -206,9 +200,9 @@ impl Model {
         matmul(on, &down, &s.inner, Epilogue::Store, out, &mut s.matmul);
         let ran = &s.active;
         if observed {
-            observe(on, &s.x, ran, out, (&mut **policy, &mut s.policies), stats, index, step);
+            observe(on, &s.x, ran, out, &s.owners, parts, index);
         }
-        if let Some(probe) = probe {
+        if let Some(probe) = &mut s.probe {
             let (normed, inner) = (s.normed.values(), s.inner.values());
             let stream = &s.x[..n * c.embedding];
             let mut gate_up = vec![0.0; if probe.wants_gate_up() { ran.len() * 2 * c.ffn } else { 0 }];
@@ -222,110 +216,62 @@ impl Model {
     }
 }
 
+/// Writes keys and values of each row, one behind the other in `kv`, to its sequence's cache.
+fn remember<'a>(
+    owners: &[Owner],
+    positions: &[usize],
+    parts: &mut [Part<'_>],
+    layer: usize,
+    kv: impl Iterator<Item = &'a [f32]>,
+    kv_dim: usize,
+) {
+    for ((owner, &position), kv) in owners.iter().zip(positions).zip(kv) {
+        let (keys, values) = parts[owner.part].sequence.kv.layer_mut(layer);
+        keys.write(position, &kv[..kv_dim]);
+        values.write(position, &kv[kv_dim..]);
+    }
+}
+
+/// Each part's queries over its own cache.
+fn attend(
+    on: Compute<'_>,
+    shape: attention::Shape,
+    queries: (&[f32], usize),
+    parts: &[Part<'_>],
+    layer: usize,
+    out: &mut [f32],
+    scratch: &mut [AttentionScratch],
+) {
+    match parts {
+        // A list on the stack: one sequence allocates nothing.
+        [part] => attention(on, shape, queries, &[part.seen(layer)], out, scratch),
+        parts => {
+            let seen: Vec<_> = parts.iter().map(|part| part.seen(layer)).collect();
+            attention(on, shape, queries, &seen, out, scratch);
+        }
+    }
+}
+
 /// Reports `cos(h, h + f)` of the rows that ran: the residual stream before and after the FFN.
-#[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
 pub(super) fn observe(
     on: Compute<'_>,
     x: &[f32],
     rows: &[usize],
     out: &[f32],
-    (policy, policies): (&mut dyn SkipPolicy, &mut [Box<dyn SkipPolicy>]),
-    stats: &mut SkipStats,
+    owners: &[Owner],
+    parts: &mut [Part<'_>],
     layer: usize,
-    step: FfnStep,
 ) {
     let d = out.len() / rows.len();
     for (&row, f) in rows.iter().zip(out.chunks_exact(d)) {
+        let Owner { part, row: token } = owners[row];
+        if !parts[part].observed() {
+            continue;
+        }
         let h = &x[row * d..][..d];
         let (hh, hf, ff) = (on.kernels.dot_f32(h, h), on.kernels.dot_f32(h, f), on.kernels.dot_f32(f, f));
         // h . (h + f) and |h + f|^2 without forming the sum.
         let cosine = (hh + hf) / (hh * (hh + 2.0 * hf + ff)).sqrt();
-        stats.cosine(layer, cosine);
-        if step != FfnStep::Full {
-            match policies.get_mut(row) {
-                Some(policy) => policy.observe(layer, cosine),
-                None => policy.observe(layer, cosine),
-            }
-        }
-    }
-}
-
-impl State {
-    /// One token is governed by the sequence's policy itself; several, each by a copy of its own.
-    fn begin_step(&mut self, n: usize, step: FfnStep) {
-        let FfnStep::Governed { index } = step else { return };
-        let s = &mut self.scratch;
-        if n == 1 {
-            s.policies.clear();
-            self.policy.begin_token(index);
-            return;
-        }
-        s.policies.clear();
-        s.policies.resize_with(n, || self.policy.boxed_clone());
-        for (i, policy) in s.policies.iter_mut().enumerate() {
-            policy.begin_token(index + i);
-        }
-    }
-
-    fn end_step(&mut self, n: usize, step: FfnStep) {
-        self.last_step = self.position..self.position + n;
-        self.position += n;
-        self.last_row = Some(n - 1);
-        let governed_together = step != FfnStep::Full && n > 1;
-        if let Some(last) = self.scratch.policies.pop().filter(|_| governed_together) {
-            self.policy = last;
-        }
-    }
-
-    /// Shows the stream that enters `layer` to whoever looks on.
-    fn show_stream(&mut self, layer: usize, n: usize) {
-        let s = &self.scratch;
-        if let Some(probe) = &mut self.probe {
-            probe.stream(layer, &s.x[..s.x.len() / s.batch * n]);
-        }
-    }
-
-    /// The rows that run the layer at all.
-    fn choose_layer_rows(&mut self, layer: usize, n: usize, step: FfnStep) {
-        let s = &mut self.scratch;
-        s.in_layer.clear();
-        for row in 0..n {
-            let runs = match (step, s.policies.get_mut(row)) {
-                (FfnStep::Full, _) => true,
-                (FfnStep::Governed { .. }, Some(policy)) => policy.runs_layer(layer),
-                (FfnStep::Governed { .. }, None) => self.policy.runs_layer(layer),
-            };
-            if runs {
-                s.in_layer.push(row);
-            }
-        }
-    }
-
-    /// Whether cosines of this step are measured.
-    pub(super) fn observed(&self, step: FfnStep) -> bool {
-        self.measure || (step != FfnStep::Full && self.policy.observes())
-    }
-
-    /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan.
-    fn choose_rows(&mut self, layer: usize, step: FfnStep, can_cut: bool) {
-        let s = &mut self.scratch;
-        s.active.clear();
-        s.cut_rows.clear();
-        s.cuts.clear();
-        for &row in &s.in_layer {
-            let decision = match (step, s.policies.get_mut(row)) {
-                (FfnStep::Full, _) => Decision::Run,
-                (FfnStep::Governed { .. }, Some(policy)) => policy.decide(layer),
-                (FfnStep::Governed { .. }, None) => self.policy.decide(layer),
-            };
-            match decision {
-                Decision::Skip => {}
-                Decision::Cut(cut) if can_cut => {
-                    s.cut_rows.push(row);
-                    s.cuts.push(cut);
-                }
-                Decision::Run | Decision::Cut(_) => s.active.push(row),
-            }
-        }
+        parts[part].observe(token, layer, cosine);
     }
 }

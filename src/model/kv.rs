@@ -1,6 +1,7 @@
 //! The key/value cache of a sequence: one layer's keys as `[kv_head][position][head_dim]`, values alike.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -9,7 +10,7 @@ use super::{Config, ModelError};
 use crate::gguf::GgmlType;
 use crate::kernels::Kernels;
 use crate::memory::Pages;
-use crate::ops::attention::{CacheTile, Stored};
+use crate::ops::attention::{CacheTile, Stored, TILE};
 use crate::quant;
 use crate::weights::{interleave, locked};
 
@@ -32,6 +33,22 @@ pub struct KvCache {
     kv_heads: usize,
     head_dim: usize,
     layers: Vec<(Store, Store)>,
+    prefix: Option<Prefix>,
+}
+
+/// Positions from the first on that a cache has in common with others, in the memory of one.
+struct Prefix {
+    cache: Arc<KvCache>,
+    /// Whole tiles of attention, each of which is then in one place.
+    positions: usize,
+}
+
+/// One layer's keys or values, wherever they are.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    own: &'a Store,
+    prefix: Option<&'a Store>,
+    shared: usize,
 }
 
 /// One layer's keys or values.
@@ -76,7 +93,7 @@ impl KvCache {
         let kind = if whole { kind } else { KvType::F16 };
         let store = || Store::new(config.kv_heads, context, config.head_dim, kind);
         let layers = (0..config.layers).map(|_| (store(), store())).collect();
-        Self { kind, context, kv_heads: config.kv_heads, head_dim: config.head_dim, layers }
+        Self { kind, context, kv_heads: config.kv_heads, head_dim: config.head_dim, layers, prefix: None }
     }
 
     /// Positions that fit.
@@ -115,15 +132,72 @@ impl KvCache {
     /// The keys of `layer` at `position`, heads concatenated, `[kv_heads * head_dim]`, rotated as attention uses them.
     pub fn keys(&self, kernels: Kernels, layer: usize, position: usize) -> Vec<f32> {
         let mut keys = vec![0.0; self.kv_heads * self.head_dim];
-        self.layers[layer].0.read(kernels, position, &mut keys);
+        self.layer(layer).0.read(kernels, self.head_dim, position, &mut keys);
         keys
     }
 
-    pub(super) fn layer(&self, layer: usize) -> (&Store, &Store) {
-        let (k, v) = &self.layers[layer];
-        (k, v)
+    /// Takes over the first `positions` of `other`, all that it then has.
+    ///
+    /// # Panics
+    /// If they do not fit, or the two differ in more than their context.
+    pub(super) fn copy_prefix(&mut self, other: &Self, positions: usize) {
+        self.prefix = None;
+        self.copy(other, 0..positions);
     }
 
+    /// [`copy_prefix`](Self::copy_prefix), but most of it stays where it is.
+    pub(super) fn share_prefix(&mut self, other: &Arc<Self>, positions: usize) {
+        let shared = match other.prefix {
+            None => positions / TILE * TILE,
+            Some(_) => 0, // a chain of caches would make every access longer
+        };
+        self.prefix = None;
+        self.copy(other, shared..positions);
+        self.prefix = (shared > 0).then(|| Prefix { cache: other.clone(), positions: shared });
+    }
+
+    /// Only the first `positions` are needed from now on, and what follows them will be written.
+    pub(super) fn truncate(&mut self, positions: usize) {
+        let Some(Prefix { cache, positions: shared }) = self.prefix.take() else { return };
+        let still = shared.min(positions / TILE * TILE);
+        self.copy(&cache, still..positions.min(shared));
+        self.prefix = (still > 0).then_some(Prefix { cache, positions: still });
+    }
+
+    /// Takes the first `positions` into memory of its own.
+    pub(super) fn own(&mut self, positions: usize) {
+        if let Some(Prefix { cache, positions: shared }) = self.prefix.take() {
+            self.copy(&cache, 0..positions.min(shared));
+        }
+    }
+
+    /// Copies positions of another cache, wherever it has them.
+    fn copy(&mut self, other: &Self, positions: Range<usize>) {
+        let shape = |c: &Self| (c.kind, c.kv_heads, c.head_dim, c.layers.len());
+        assert!(shape(self) == shape(other) && positions.end <= self.context.min(other.context));
+        let shared = other.prefix.as_ref().map_or(0, |p| p.positions.min(positions.end));
+        if let Some(prefix) = &other.prefix
+            && positions.start < shared
+        {
+            self.copy(&prefix.cache, positions.start..shared);
+        }
+        let own = positions.start.max(shared)..positions.end;
+        for (to, from) in self.layers.iter_mut().zip(&other.layers) {
+            to.0.copy_from(&from.0, own.clone());
+            to.1.copy_from(&from.1, own.clone());
+        }
+    }
+
+    /// Keys and values of a layer.
+    pub(super) fn layer(&self, layer: usize) -> (View<'_>, View<'_>) {
+        let (k, v) = &self.layers[layer];
+        let prefix = self.prefix.as_ref().map(|p| &p.cache.layers[layer]);
+        let shared = self.prefix.as_ref().map_or(0, |p| p.positions);
+        let keys = View { own: k, prefix: prefix.map(|(k, _)| k), shared };
+        (keys, View { own: v, prefix: prefix.map(|(_, v)| v), shared })
+    }
+
+    /// The memory of a layer's keys and values, but for the prefix that is shared.
     pub(super) fn layer_mut(&mut self, layer: usize) -> (&mut Store, &mut Store) {
         let (k, v) = &mut self.layers[layer];
         (k, v)
@@ -185,6 +259,21 @@ impl Store {
         }
     }
 
+    /// Takes over some positions of every head of `other`, which stores numbers alike.
+    fn copy_from(&mut self, other: &Self, positions: Range<usize>) {
+        let (to, from, dim) = (self.context, other.context, self.head_dim);
+        let (at, n) = (positions.start * dim, positions.len() * dim);
+        match (&mut self.data, &other.data) {
+            (Data::F32(a), Data::F32(b)) => copy_heads((a, to * dim), (b, from * dim), at..at + n),
+            (Data::F16(a), Data::F16(b)) => copy_heads((a, to * dim), (b, from * dim), at..at + n),
+            (Data::Q8(a), Data::Q8(b)) => {
+                let bytes = |numbers| GgmlType::Q8_0.row_bytes(numbers);
+                copy_heads((a, bytes(to * dim)), (b, bytes(from * dim)), bytes(at)..bytes(at + n));
+            }
+            _ => unreachable!("the kinds were compared"),
+        }
+    }
+
     /// The numbers of every head at `position`, widened into `out`.
     pub(super) fn read(&self, kernels: Kernels, position: usize, out: &mut [f32]) {
         for (h, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
@@ -196,6 +285,43 @@ impl Store {
 fn copy_within<T: Copy>(data: &mut [T], context: usize, dim: usize, from: usize, to: usize) {
     for head in data.chunks_exact_mut(context * dim) {
         head.copy_within(from * dim..(from + 1) * dim, to * dim);
+    }
+}
+
+/// Some elements of each head of `from`, to those of `to`; heads begin every so many elements.
+fn copy_heads<T: Copy>(
+    (to, to_head): (&mut [T], usize),
+    (from, from_head): (&[T], usize),
+    part: Range<usize>,
+) {
+    for (to, from) in to.chunks_exact_mut(to_head).zip(from.chunks_exact(from_head)) {
+        to[part.clone()].copy_from_slice(&from[part.clone()]);
+    }
+}
+
+impl View<'_> {
+    fn of(&self, positions: &Range<usize>) -> &Store {
+        match self.prefix {
+            Some(prefix) if positions.end <= self.shared => prefix,
+            _ => self.own,
+        }
+    }
+
+    /// The numbers of every head at `position`, widened into `out`.
+    fn read(&self, kernels: Kernels, head_dim: usize, position: usize, out: &mut [f32]) {
+        for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
+            self.widen(kernels, h, position..position + 1, out);
+        }
+    }
+}
+
+impl CacheTile for View<'_> {
+    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
+        self.of(&positions).stored(head, positions)
+    }
+
+    fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
+        self.of(&positions).widen(kernels, head, positions, out);
     }
 }
 

@@ -1,8 +1,9 @@
 //! A LLaMA-family model: typed config, named weights, forward pass, KV cache.
 //!
 //! [`Model::load`] checks every tensor against the shape that the config demands; after that nothing
-//! about the file can go wrong. [`Model::forward`] is the whole computation of a step.
+//! about the file can go wrong. [`Model::forward_parts`] is the whole computation of a step.
 
+mod buffers;
 mod config;
 mod cut;
 mod error;
@@ -10,21 +11,26 @@ mod forward;
 mod kv;
 mod layers;
 mod probe;
+mod sequence;
 mod state;
 
 use std::path::Path;
 use std::sync::OnceLock;
 
+pub use buffers::{Buffers, Products};
 pub use config::{Architecture, Config, RopeConfig};
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
 pub use probe::{FfnRows, Matrices, Probe};
-pub use state::{FfnStep, State};
+pub use sequence::{FfnStep, Part, Sequence};
+pub use state::State;
 
 use crate::gguf::Gguf;
 use crate::ops::Compute;
-use crate::skip::{Calibration, CalibrationError, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy};
+use crate::skip::{
+    Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy,
+};
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
 
@@ -135,12 +141,26 @@ impl Model {
         options: &SkipOptions,
         progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
-        let options = options.resolved(self.calibration())?;
-        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
-        match plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()) {
-            Some(plan) => self.prepare_cuts(on, plan.clone(), progress),
+        match self.plan_to_prepare(options)? {
+            Some(plan) => self.prepare_cuts(on, plan, progress),
             None => Ok(()),
         }
+    }
+
+    /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: see
+    /// [`prepare_cuts_by_rows`](Self::prepare_cuts_by_rows).
+    pub fn prepare_skip_by_rows(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
+        match self.plan_to_prepare(options)? {
+            Some(plan) => self.prepare_cuts_by_rows(on, plan, |_, _| {}),
+            None => Ok(()),
+        }
+    }
+
+    /// What `options` need that is not there yet.
+    fn plan_to_prepare(&self, options: &SkipOptions) -> Result<Option<CutPlan>, ModelError> {
+        let options = options.resolved(self.calibration())?;
+        let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
+        Ok(plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()).cloned())
     }
 
     /// What is known about skipping in this model.

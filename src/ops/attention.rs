@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use super::Compute;
 use crate::kernels::Kernels;
+use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
 
 /// Positions of a tile: its keys and values stay in the L2 cache.
@@ -46,8 +47,18 @@ pub struct Shape {
     pub heads: usize,
     pub kv_heads: usize,
     pub head_dim: usize,
-    /// Position of the first query.
+}
+
+/// What some rows of a step look back on: the keys and values of their sequence.
+#[derive(Clone, Copy, Debug)]
+#[allow(missing_docs)]
+pub struct Seen<C> {
+    pub keys: C,
+    pub values: C,
+    /// Position of the first row.
     pub first: usize,
+    /// Number of rows, at positions one after the other.
+    pub rows: usize,
 }
 
 /// A thread's buffers.
@@ -80,36 +91,76 @@ impl AttentionScratch {
     }
 }
 
-/// `out[t][h] = softmax(q[t][h] . K / sqrt(head_dim)) V` over positions `0..=first + t`.
+/// `out[t][h] = softmax(q[t][h] . K / sqrt(head_dim)) V` over the positions of its sequence up to that of `t`.
 ///
 /// `q` holds rows of `q_stride` of which the first `heads * head_dim` are the queries; `out` rows of
-/// `heads * head_dim`.
-pub fn attention(
+/// `heads * head_dim`. `seen` says of all rows, in order, to which sequence they belong.
+pub fn attention<C: CacheTile + Copy>(
     on: Compute<'_>,
     shape: Shape,
     (q, q_stride): (&[f32], usize),
-    keys: &impl CacheTile,
-    values: &impl CacheTile,
+    seen: &[Seen<C>],
     out: &mut [f32],
     scratch: &mut [AttentionScratch],
 ) {
-    let Shape { heads, kv_heads, head_dim, .. } = shape;
-    let group = heads / kv_heads;
-    let rows = out.len() / (heads * head_dim);
+    let (cols, mut row) = (shape.heads * shape.head_dim, 0);
+    // Sequences with one row each are one piece of work for the team.
+    for seen in seen.chunk_by(|a, b| a.rows == 1 && b.rows == 1) {
+        let rows: usize = seen.iter().map(|seen| seen.rows).sum();
+        let (q, out) = (&q[row * q_stride..], &mut out[row * cols..][..rows * cols]);
+        match seen {
+            [seen] => one_sequence(on, shape, (q, q_stride), seen, out, scratch),
+            seen => one_row_each(on, shape, (q, q_stride), seen, out, scratch),
+        }
+        row += rows;
+    }
+}
+
+fn one_sequence<C: CacheTile + Copy>(
+    on: Compute<'_>,
+    shape: Shape,
+    q: (&[f32], usize),
+    seen: &Seen<C>,
+    out: &mut [f32],
+    scratch: &mut [AttentionScratch],
+) {
+    let Shape { heads, kv_heads, head_dim } = shape;
+    let (group, rows) = (heads / kv_heads, seen.rows);
     let tokens = (QUERY_ROWS / group).clamp(1, rows);
     // With few key/value heads for the threads, the heads of a group go to different ones.
     let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
     let chunk_heads = if split { 1 } else { group };
-    let tile = (tokens, chunk_heads * head_dim);
-    on.team.for_tiles(out, heads * head_dim, tile, scratch, |scratch, mut tile| {
+    let n = chunk_heads * head_dim;
+    on.team.for_tiles(out, heads * head_dim, (tokens, n), scratch, |scratch, mut tile| {
         let head = tile.cols().start / head_dim;
-        let in_place = rows <= MAX_ALONE;
-        let (kv_head, heads, tokens) = (head / group, chunk_heads, tile.rows());
-        let block = Block { shape, kv_head, head, heads, tokens, in_place };
-        block.run(on.kernels, (q, q_stride), keys, values, scratch);
-        for (i, t) in tile.rows().enumerate() {
-            let n = chunk_heads * head_dim;
-            tile.row(t).copy_from_slice(&scratch.out[i * n..][..n]);
+        let (tokens, in_place) = (tile.rows(), rows <= MAX_ALONE);
+        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens, in_place };
+        block.run(on.kernels, q, &seen.keys, &seen.values, scratch);
+        for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
+            tile.row(t).copy_from_slice(out);
+        }
+    });
+}
+
+fn one_row_each<C: CacheTile + Copy>(
+    on: Compute<'_>,
+    shape: Shape,
+    (q, q_stride): (&[f32], usize),
+    seen: &[Seen<C>],
+    out: &mut [f32],
+    scratch: &mut [AttentionScratch],
+) {
+    let Shape { heads, kv_heads, head_dim } = shape;
+    let (group, n) = (heads / kv_heads, heads / kv_heads * head_dim);
+    // One head of several sequences after the other: what they share of their caches stays in the CPU's.
+    let rows = seen.len().div_ceil(2 * on.team.threads());
+    on.team.for_tiles(out, heads * head_dim, (rows, n), scratch, |scratch, mut tile| {
+        let head = tile.cols().start / head_dim;
+        for row in tile.rows() {
+            let Seen { keys, values, first, .. } = &seen[row];
+            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, in_place: true };
+            block.run(on.kernels, (&q[row * q_stride..], q_stride), keys, values, scratch);
+            tile.row(row).copy_from_slice(&scratch.out[..n]);
         }
     });
 }
@@ -117,7 +168,8 @@ pub fn attention(
 /// Some tokens' queries for some heads of a group.
 struct Block {
     shape: Shape,
-    kv_head: usize,
+    /// Position of the sequence's first row.
+    first: usize,
     head: usize,
     heads: usize,
     tokens: Range<usize>,
@@ -125,6 +177,10 @@ struct Block {
 }
 
 impl Block {
+    fn kv_head(&self) -> usize {
+        self.head / (self.shape.heads / self.shape.kv_heads)
+    }
+
     fn run(
         &self,
         kernels: Kernels,
@@ -144,7 +200,7 @@ impl Block {
         }
         scratch.out[..rows * dim].fill(0.0);
         scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
-        let end = self.shape.first + self.tokens.end;
+        let end = self.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
             if self.in_place {
@@ -160,7 +216,7 @@ impl Block {
 
     /// Positions of a tile that the query of row `row` may see.
     fn visible(&self, row: usize, positions: &Range<usize>) -> usize {
-        let last = self.shape.first + self.tokens.start + row / self.heads;
+        let last = self.first + self.tokens.start + row / self.heads;
         (last + 1).saturating_sub(positions.start).min(positions.len())
     }
 
@@ -174,21 +230,26 @@ impl Block {
     ) {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
         let AttentionScratch { queries, scores, out, wide, running } = scratch;
-        let (n, wide) = (positions.len(), &mut wide[..positions.len() * dim]);
-        let keys = in_place(kernels, keys, self.kv_head, &positions, wide);
-        for_rows(queries, scores, rows, dim, |q, scores| match keys {
-            InPlace::F16(keys) => kernels.dots_f16(q, keys, &mut scores[..n]),
-            InPlace::F32(keys) => kernels.dots(q, keys, &mut scores[..n]),
-        });
-        let values = in_place(kernels, values, self.kv_head, &positions, wide);
-        for row in 0..rows {
-            let n = self.visible(row, &positions);
-            let weights = &mut scores[row * TILE..][..n];
-            let out = &mut out[row * dim..][..dim];
-            softmax_step(kernels, weights, &mut running[row], out);
+        let wide = &mut wide[..positions.len() * dim];
+        let keys = in_place(kernels, keys, self.kv_head(), &positions, wide);
+        let queries = Rows { data: queries, rows, cols: dim, stride: dim };
+        match keys {
+            InPlace::F16(keys) => kernels.dots_f16_of_rows(queries, keys, (scores, TILE)),
+            InPlace::F32(keys) => kernels.dots_of_rows(queries, keys, (scores, TILE)),
+        }
+        let values = in_place(kernels, values, self.kv_head(), &positions, wide);
+        // The heads of a token see the same positions.
+        for first in (0..rows).step_by(self.heads) {
+            let n = self.visible(first, &positions);
+            for row in first..first + self.heads {
+                let (weights, out) = (&mut scores[row * TILE..][..n], &mut out[row * dim..][..dim]);
+                softmax_step(kernels, weights, &mut running[row], out);
+            }
+            let weights = Rows { data: &scores[first * TILE..], rows: self.heads, cols: n, stride: TILE };
+            let out = &mut out[first * dim..][..self.heads * dim];
             match values {
-                InPlace::F16(values) => kernels.add_weighted_f16(out, weights, &values[..n * dim]),
-                InPlace::F32(values) => kernels.add_weighted(out, weights, &values[..n * dim]),
+                InPlace::F16(values) => kernels.add_weighted_f16_rows(out, weights, &values[..n * dim]),
+                InPlace::F32(values) => kernels.add_weighted_rows(out, weights, &values[..n * dim]),
             }
         }
     }
@@ -205,7 +266,7 @@ impl Block {
         let rows = self.tokens.len() * self.heads;
         let AttentionScratch { queries, scores, out, wide, running } = scratch;
         let wide = &mut wide[..n * dim];
-        keys.widen(kernels, self.kv_head, positions.clone(), wide);
+        keys.widen(kernels, self.kv_head(), positions.clone(), wide);
         let queries = View::rows(&queries[..rows * dim], dim);
         kernels.gemm_f32(queries, View::rows(wide, dim).transposed(), 0.0, scores, TILE);
         for row in 0..rows {
@@ -214,9 +275,19 @@ impl Block {
             softmax_step(kernels, weights, &mut running[row], &mut out[row * dim..][..dim]);
             hidden.fill(0.0);
         }
-        values.widen(kernels, self.kv_head, positions, wide);
+        values.widen(kernels, self.kv_head(), positions, wide);
         let weights = View::rows(&scores[..rows * TILE], TILE).first_cols(n);
         kernels.gemm_f32(weights, View::rows(wide, dim), 1.0, out, dim);
+    }
+}
+
+impl<C: CacheTile> CacheTile for &C {
+    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
+        (**self).stored(head, positions)
+    }
+
+    fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
+        (**self).widen(kernels, head, positions, out);
     }
 }
 
@@ -243,18 +314,6 @@ fn in_place<'a>(
             InPlace::F32(wide)
         }
     }
-}
-
-/// Calls `f` with each query and where its scores go.
-fn for_rows(
-    queries: &[f32],
-    scores: &mut [f32],
-    rows: usize,
-    dim: usize,
-    mut f: impl FnMut(&[f32], &mut [f32]),
-) {
-    let queries = queries.chunks_exact(dim).take(rows);
-    queries.zip(scores.chunks_exact_mut(TILE)).for_each(|(q, scores)| f(q, scores));
 }
 
 /// The greatest number, several lanes at a time.
@@ -306,14 +365,14 @@ mod tests {
         }
     }
 
-    fn naive(shape: Shape, q: &[f32], k: &Plain, v: &Plain, rows: usize) -> Vec<f32> {
+    fn naive(shape: Shape, first: usize, q: &[f32], k: &Plain, v: &Plain, rows: usize) -> Vec<f32> {
         let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
         let mut out = vec![0.0; rows * shape.heads * d];
         for t in 0..rows {
             for h in 0..shape.heads {
                 let at = |c: &Plain, p: usize, i: usize| f64::from(c.0[(h / group * c.1 + p) * d + i]);
                 let query = |i| f64::from(q[(t * shape.heads + h) * d + i]);
-                let scores: Vec<f64> = (0..=shape.first + t)
+                let scores: Vec<f64> = (0..=first + t)
                     .map(|p| (0..d).map(|i| query(i) * at(k, p, i)).sum::<f64>() / (d as f64).sqrt())
                     .collect();
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
@@ -350,7 +409,7 @@ mod tests {
                     (9, 3, 64, 127, 40),
                     (2, 1, 8, 5, 3),
                 ] {
-                    let shape = Shape { heads, kv_heads, head_dim: dim, first };
+                    let shape = Shape { heads, kv_heads, head_dim: dim };
                     let capacity = first + rows + 7;
                     // Both ways, keys and values mixed.
                     let k = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 1);
@@ -358,8 +417,9 @@ mod tests {
                     let q = random(rows * heads * dim);
                     let mut out = vec![0.0; q.len()];
                     let mut scratch: Vec<_> = (0..threads).map(|_| AttentionScratch::default()).collect();
-                    attention(on, shape, (&q, heads * dim), &k, &v, &mut out, &mut scratch);
-                    let want = naive(shape, &q, &k, &v, rows);
+                    let seen = Seen { keys: &k, values: &v, first, rows };
+                    attention(on, shape, (&q, heads * dim), &[seen], &mut out, &mut scratch);
+                    let want = naive(shape, first, &q, &k, &v, rows);
                     let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     assert!(worst < 1e-5, "{kernels:?} {shape:?} {rows}: {worst}");
                 }

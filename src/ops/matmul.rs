@@ -65,7 +65,7 @@ impl MatmulScratch {
 
 /// Rows of matrices like `w` in a chunk, of `outputs` altogether.
 fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> usize {
-    if x.rows >= GEMM_ROWS {
+    if x.are_many() {
         let panels = outputs / (PANEL_ROWS * PANEL_CHUNKS_A_THREAD * on.team.threads());
         return panels.clamp(1, MAX_PANELS) * PANEL_ROWS;
     }
@@ -150,7 +150,7 @@ impl Part {
 
 /// Sums that a panel has, or what takes its place, of a chunk of `n` outputs: `[rows][stride]`.
 fn part_len(x: &Inputs, n: usize) -> (usize, usize) {
-    if x.rows < GEMM_ROWS {
+    if !x.are_many() {
         (x.rows, n)
     } else if x.in_tiles {
         (x.rows.next_multiple_of(TILE), PANEL_ROWS)
@@ -211,7 +211,7 @@ fn product(
 ) {
     let n = rows.len();
     let (part_rows, stride) = part_len(x, n);
-    let many = x.rows >= GEMM_ROWS;
+    let many = x.are_many();
     // The second terms of a few rows have sums of their own at first.
     let sums = part_rows * stride * n.div_ceil(stride) * if x.two_terms && !many { 2 } else { 1 };
     if scratch.acc.len() < sums {

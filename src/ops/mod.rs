@@ -41,6 +41,7 @@ pub struct Inputs {
     /// If `two_terms`, as many rows again hold what the first leave over, quantised in turn.
     q8: Activations,
     two_terms: bool,
+    by_panels: bool,
     /// In place of `q8` if `in_tiles`.
     tiles: TileInputs,
     in_tiles: bool,
@@ -59,6 +60,18 @@ impl Inputs {
         let mut inputs = Self::with_capacity(rows, cols);
         inputs.q8.add_rows(rows);
         inputs
+    }
+
+    /// Has matrices unpacked for these rows however few they are, as they are for [`GEMM_ROWS`]: a row's product with
+    /// a quantised matrix then does not depend on how many others there are.
+    pub fn by_panels(mut self, by_panels: bool) -> Self {
+        self.by_panels = by_panels;
+        self
+    }
+
+    /// Whether unpacking panels of a matrix pays, or was asked for.
+    pub fn are_many(&self) -> bool {
+        self.by_panels || self.rows >= GEMM_ROWS
     }
 
     /// Makes this `rows x cols`; the contents are to be written anew.
@@ -130,15 +143,15 @@ impl Inputs {
     /// Writes each row with `write(row, values)` and quantises it.
     pub fn fill(&mut self, on: Compute<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
         let (rows, cols) = (self.rows, self.cols);
+        if self.are_many() && on.kernels.has_tiles() {
+            return self.fill_tiles(on, write);
+        }
         if rows == 1 {
             // Decoding: not worth waking anybody, and nothing is allocated.
             let values = &mut self.f32[..cols];
             write(0, values);
             on.kernels.quantize(values, self.q8.row_mut(0));
             return;
-        }
-        if rows >= GEMM_ROWS && on.kernels.has_tiles() {
-            return self.fill_tiles(on, write);
         }
         let values = self.f32.chunks_mut(cols).take(rows);
         let mut views: Vec<_> = values.zip(self.q8.rows_mut()).map(Some).collect();

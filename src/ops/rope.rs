@@ -25,18 +25,18 @@ impl RopeTable {
         Self { half, turns: vec![(1.0, 0.0); rows * half] }
     }
 
-    /// Computes the turns of rows at positions `first..first + rows`: angle `i` advances by
-    /// `frequency[i]` a position, and `magnitude` scales the result (YaRN).
-    pub fn fill(&mut self, on: Compute<'_>, frequency: &[f32], magnitude: f32, first: usize, rows: usize) {
+    /// Computes the turns of rows at `positions`: angle `i` advances by `frequency[i]` a position, and `magnitude`
+    /// scales the result (YaRN).
+    pub fn fill(&mut self, on: Compute<'_>, frequency: &[f32], magnitude: f32, positions: &[usize]) {
         self.half = frequency.len();
-        let n = rows * self.half;
+        let n = positions.len() * self.half;
         if self.turns.len() < n {
             self.turns.resize(n, (1.0, 0.0));
         }
         let turns = &mut self.turns[..n];
         let write = |row: usize, turns: &mut [(f32, f32)]| {
             for (turn, f) in turns.iter_mut().zip(frequency) {
-                let (sin, cos) = ((first + row) as f32 * f).sin_cos();
+                let (sin, cos) = (positions[row] as f32 * f).sin_cos();
                 *turn = (cos * magnitude, sin * magnitude);
             }
         };

@@ -137,25 +137,26 @@ impl SkipPolicy for ShortGpt {
 /// Whole layers, the more the later a token comes, the lowest of the warm region first (SkipDecode, Del
 /// Corro et al. 2023, arXiv 2307.02628). A layer that a token runs was run by all tokens before it.
 ///
-/// The number of layers left out grows linearly from none at the end of the warm-up to the most at
-/// `horizon` tokens, and stays there.
+/// The number of layers left out grows linearly from none at the end of the warm-up to the most at the horizon, the
+/// greatest length that is expected, and stays there.
 #[derive(Clone, Debug)]
 pub struct SkipDecode {
     /// Layers more for each token.
     slope: f64,
-    warm_up: usize,
+    /// From the end of the warm-up to the horizon.
+    times: Range<usize>,
     warm: Range<usize>,
     index: usize,
 }
 
 impl SkipDecode {
-    /// Tokens over which the ratio holds: the length of calibration windows.
+    /// The horizon where no other is given: the length of calibration windows.
     pub const HORIZON: usize = 512;
 
-    /// The slope with which a share `ratio` of all `layers` is left out, on average over the tokens from
-    /// `warm_up` to [`HORIZON`](Self::HORIZON); `None` if even all of `warm` are fewer.
-    pub fn slope(ratio: f64, layers: usize, warm_up: usize, warm: &Range<usize>) -> Option<f64> {
-        let tokens = Self::HORIZON.saturating_sub(warm_up).max(1);
+    /// The slope with which a share `ratio` of all `layers` is left out, on average over the tokens `times`, from the
+    /// end of the warm-up to the horizon; `None` if even all of `warm` are fewer.
+    pub fn slope(ratio: f64, layers: usize, times: &Range<usize>, warm: &Range<usize>) -> Option<f64> {
+        let tokens = times.len().max(1);
         let share = |slope: f64| {
             let skipped: f64 = (0..tokens).map(|t| (slope * t as f64).floor().min(warm.len() as f64)).sum();
             skipped / (tokens * layers.max(1)) as f64
@@ -171,9 +172,9 @@ impl SkipDecode {
         Some(high)
     }
 
-    /// Leaves out `slope` layers more with each token past the warm-up, of the layers `warm`.
-    pub fn new(slope: f64, warm_up: usize, warm: Range<usize>) -> Self {
-        Self { slope, warm_up, warm, index: 0 }
+    /// Leaves out `slope` layers more with each of the tokens `times`, of the layers `warm`.
+    pub fn new(slope: f64, times: Range<usize>, warm: Range<usize>) -> Self {
+        Self { slope, times, warm, index: 0 }
     }
 }
 
@@ -187,7 +188,7 @@ impl SkipPolicy for SkipDecode {
     }
 
     fn runs_layer(&mut self, layer: usize) -> bool {
-        let t = self.index.min(Self::HORIZON - 1).saturating_sub(self.warm_up);
+        let t = self.index.min(self.times.end.saturating_sub(1)).saturating_sub(self.times.start);
         let skipped = (self.slope * t as f64).floor().min(self.warm.len() as f64) as usize;
         !(self.warm.start..self.warm.start + skipped).contains(&layer)
     }
@@ -243,8 +244,8 @@ mod tests {
 
     #[test]
     fn depth_falls_with_the_position_bottom_first() {
-        let slope = SkipDecode::slope(0.25, 20, 12, &(1..18)).unwrap();
-        let mut policy = SkipDecode::new(slope, 12, 1..18);
+        let slope = SkipDecode::slope(0.25, 20, &(12..SkipDecode::HORIZON), &(1..18)).unwrap();
+        let mut policy = SkipDecode::new(slope, 12..SkipDecode::HORIZON, 1..18);
         let counts: Vec<usize> = (0..SkipDecode::HORIZON)
             .map(|t| {
                 let skipped = skipped(&mut policy, t, 20);
@@ -257,6 +258,6 @@ mod tests {
         let share = counts.iter().sum::<usize>() as f64 / (20 * (SkipDecode::HORIZON - 12)) as f64;
         assert!((share - 0.25).abs() < 0.002, "{share}");
         assert_eq!(skipped(&mut policy, 100_000, 20).len(), counts[SkipDecode::HORIZON - 1]);
-        assert_eq!(SkipDecode::slope(0.86, 20, 12, &(1..18)), None);
+        assert_eq!(SkipDecode::slope(0.86, 20, &(12..SkipDecode::HORIZON), &(1..18)), None);
     }
 }

@@ -45,6 +45,8 @@ pub struct SkipOptions {
     pub seed: u64,
     /// Whether prompt tokens past the warm-up are governed too.
     pub prefill: bool,
+    /// `skipdecode`: tokens over which it reaches its depth (default 512, the length of calibration windows).
+    pub horizon: Option<usize>,
 }
 
 /// The shapes that policies depend on.
@@ -165,9 +167,10 @@ impl SkipOptions {
             }
             SkipMode::SkipDecode => {
                 let ratio = self.needed_ratio()?;
-                let slope = SkipDecode::slope(f64::from(ratio), layers, warm_up, &warm);
+                let times = warm_up..self.horizon.unwrap_or(SkipDecode::HORIZON);
+                let slope = SkipDecode::slope(f64::from(ratio), layers, &times, &warm);
                 let slope = slope.ok_or_else(|| self.too_high(ratio, warm.len() as f32 / layers as f32))?;
-                Box::new(SkipDecode::new(slope, warm_up, warm))
+                Box::new(SkipDecode::new(slope, times, warm))
             }
             SkipMode::Cut => {
                 let calibrated = self.calibrated(calibration)?.cut.as_ref().ok_or(SkipError::NoCuts)?;

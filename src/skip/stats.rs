@@ -101,6 +101,15 @@ impl SkipStats {
         self.layers.iter().map(share).collect()
     }
 
+    /// Share of the weight bytes of each layer's FFN left unread, as in [`weighted_share`](Self::weighted_share).
+    pub fn weighted_share_by_layer(&self, bytes: impl Fn(usize) -> u64) -> Vec<f64> {
+        let share = |(i, l): (usize, &Layer)| {
+            let all = ((l.ran + l.skipped) * bytes(i)).max(1);
+            ((l.skipped * bytes(i)) as f64 + l.unread as f64) / all as f64
+        };
+        self.layers.iter().enumerate().map(share).collect()
+    }
+
     /// Mean cosine in each layer, of the FFNs that ran and were measured.
     pub fn mean_cosines(&self) -> Vec<Option<f64>> {
         self.layers.iter().map(|l| (l.cosines > 0).then(|| l.cosine_sum / l.cosines as f64)).collect()
@@ -133,5 +142,6 @@ mod tests {
         stats.unread(0, 2);
         assert_eq!(stats.share(), 0.25);
         assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 5.0 / 6.0);
+        assert_eq!(stats.weighted_share_by_layer(|layer| [1, 3][layer]), [2.0 / 3.0, 1.0]);
     }
 }

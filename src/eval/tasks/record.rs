@@ -48,7 +48,7 @@ pub struct Record {
     pub skipped: f64,
     /// Share of FFN weight bytes left unread.
     pub bytes_skipped: f64,
-    /// `skipped`, by layer.
+    /// `bytes_skipped`, by layer.
     pub by_layer: Vec<f64>,
     /// Values of the task's measures.
     pub scores: BTreeMap<String, f64>,
@@ -137,11 +137,13 @@ impl Ledger {
         }
     }
 
-    /// Keeps a row.
-    pub fn push(&mut self, row: Row) -> Result<(), TaskError> {
+    /// Keeps a row, in memory as the file has it: a number that is read may differ from what was written in its last
+    /// digit, and a table must not tell whether its run was resumed.
+    pub fn push(&mut self, mut row: Row) -> Result<(), TaskError> {
         if let Some((path, file)) = &mut self.file {
             let io = |error| TaskError::Io { path: path.clone(), error };
             let mut line = serde_json::to_string(&row).map_err(|e| io(e.into()))?;
+            row = serde_json::from_str(&line).map_err(|e| io(e.into()))?;
             line.push('\n');
             file.write_all(line.as_bytes()).map_err(io)?;
         }

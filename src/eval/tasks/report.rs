@@ -115,7 +115,7 @@ pub struct Line {
     pub change: Option<Estimate>,
     /// Judgments that could not be parsed.
     pub unparsable: usize,
-    /// Share of FFN blocks skipped in each layer.
+    /// Share of FFN weight bytes left unread in each layer.
     pub by_layer: Vec<f64>,
 }
 
@@ -293,14 +293,20 @@ impl Report {
         }
     }
 
-    /// The strongest setting of each policy.
-    fn layers(&self) -> Plot {
-        let strongest = |policy: &str| {
-            let mine =
-                self.lines.iter().filter(|l| l.group.is_empty() && l.policy == policy && l.skipped > 0.0);
-            mine.max_by(|a, b| a.skipped.total_cmp(&b.skipped))
+    /// Of each policy the setting that leaves closest to a quarter of the bytes unread: few enough lines to read, and
+    /// alike enough to compare.
+    fn typical(&self) -> Vec<&Line> {
+        let distance = |l: &Line| (l.bytes_skipped - 0.25).abs();
+        let of = |policy: &str| {
+            let mine = self.lines.iter().filter(|l| l.group.is_empty() && l.policy == policy);
+            mine.min_by(|a, b| distance(a).total_cmp(&distance(b)))
         };
-        let series = self.policies().into_iter().filter_map(strongest).map(|l| Series {
+        self.policies().into_iter().filter_map(of).collect()
+    }
+
+    fn layers(&self) -> Plot {
+        let skipping = self.typical().into_iter().filter(|l| l.bytes_skipped > 0.0);
+        let series = skipping.map(|l| Series {
             name: format!("{} {}", l.policy, l.strength),
             points: l.by_layer.iter().enumerate().map(|(i, &share)| (i as f64, 100.0 * share)).collect(),
             ..Series::default()
@@ -308,7 +314,7 @@ impl Report {
         Plot {
             title: format!("{}: where FFNs are skipped", self.task.name()),
             x_title: "layer".into(),
-            y_title: "FFNs skipped (%)".into(),
+            y_title: "FFN weight bytes left unread (%)".into(),
             log_y: false,
             series: series.collect(),
         }
@@ -320,7 +326,7 @@ impl Report {
         groups.sort_unstable();
         groups.dedup();
         let mut series: Vec<Series> = Vec::new();
-        for l in self.lines.iter().filter(|l| l.group.is_empty()) {
+        for l in self.typical() {
             let of = |group: &&str| {
                 let same = |x: &&Line| {
                     (&x.policy, &x.strength, x.group.as_str()) == (&l.policy, &l.strength, *group)
@@ -466,6 +472,7 @@ mod tests {
             answers: vec!["text".into()],
             tokens: vec![vec![1; 1 + item]],
             skipped: 0.2,
+            bytes_skipped: 0.2,
             by_layer: vec![0.0, 0.4],
             scores: [("contained".to_owned(), contained)].into(),
             ..Record::default()

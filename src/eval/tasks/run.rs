@@ -1,16 +1,19 @@
-//! Answering items under policies.
+//! Answering items under policies, many at a time.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 
 use super::{Contender, Item, Record, Task, TaskError, text};
 use crate::chat::{ChatTemplate, Message};
 use crate::eval::perplexity::{Exact, Score, score_rows};
-use crate::model::{FfnStep, KvType};
+use crate::model::{FfnStep, KvCache, KvType, ModelError, Part, Products, Sequence};
 use crate::sampler::{Sampler, SamplerOptions, StopMatcher};
-use crate::session::{End, Engine, Sampling, Session, SessionOptions};
-use crate::skip::SkipOptions;
+use crate::session::{Batch, End, Engine, Lane, SessionError};
+use crate::skip::{SkipOptions, SkipStats};
 use crate::tokenizer::EncodeOptions;
 
+/// Tokens of a prompt in a step.
+const PROMPT_ROWS: usize = 512;
 /// Positions whose logits are held at a time while a policy is compared with the full model.
 const ROWS: usize = 64;
 
@@ -33,88 +36,302 @@ pub struct Settings {
     pub kv: KvType,
 }
 
-/// Puts items to a model.
+/// Puts items to a model, several answers side by side in each step.
+///
+/// What is answered does not depend on how many there are: every product is made as for many rows
+/// ([`Products::AsForMany`]), and prompts are cut into the same steps whatever ran before.
 pub struct Runner<'e> {
     engine: &'e Engine,
-    session: Session<'e>,
     settings: Settings,
-    /// Prompt tokens in the cache that were evaluated in full: what policies of one item share.
-    shared: Vec<u32>,
-    /// Of the last turn that was compared: all policies are compared on it.
-    teacher: Teacher,
+    parallel: usize,
+    batch: Batch<'e>,
+    /// What all prompts begin with.
+    preamble: Held,
+    /// Sequences that nobody needs now.
+    spare: Vec<Sequence>,
+}
+
+/// A sequence that holds `tokens`, evaluated in full.
+struct Held {
+    tokens: Vec<u32>,
+    sequence: Sequence,
+}
+
+/// The cache of a sequence that held `tokens`.
+struct Shared {
+    tokens: Vec<u32>,
+    cache: Arc<KvCache>,
+}
+
+/// An item whose answers are awaited.
+struct Case<'a> {
+    item: &'a Item,
+    /// The prompt of its first turn but for the last token, evaluated in full; all its sequences begin with that.
+    prompt: Shared,
+    /// The full model's answers, once they are there.
+    full: Option<Record>,
+    /// What the full model says of each turn; made when first needed.
+    teachers: Vec<Teacher>,
+    /// Answers that are there before the full model's.
+    waiting: Vec<(&'a Contender, Record)>,
+    /// Answers that are to come.
+    open: usize,
 }
 
 /// What the full model says at each position of its answer to a turn.
-#[derive(Default)]
 struct Teacher {
-    prompt: Vec<u32>,
+    /// The prompt's last token; the others are in `held`.
+    last: u32,
+    held: Held,
     answer: Vec<u32>,
     /// `[answer, vocab]`
     probabilities: Vec<f32>,
     exact: Vec<Exact>,
 }
 
-/// An answer to a turn.
-struct Answer {
+/// A contender answering a turn.
+struct Seat<'a, 'e> {
+    case: usize,
+    contender: &'a Contender,
+    /// Of the turns before.
+    record: Record,
+    stats: SkipStats,
+    lane: Lane<'e>,
     text: String,
     tokens: Vec<u32>,
-    ended: &'static str,
 }
 
 impl<'e> Runner<'e> {
-    /// For a model that has been made ready for the policies.
-    pub fn new(engine: &'e Engine, settings: Settings) -> Result<Self, TaskError> {
+    /// For a model that has been made ready for the policies, by rows. `parallel`: answers in a step, at most.
+    pub fn new(engine: &'e Engine, settings: Settings, parallel: usize) -> Result<Self, TaskError> {
         if settings.template.is_none() && settings.task == Task::MtBench {
             return Err(TaskError::NoTemplate);
         }
-        let options =
-            SessionOptions { context: Some(settings.context), kv: settings.kv, ..SessionOptions::default() };
-        let session = Session::new(engine, options)?;
-        Ok(Self { engine, session, settings, shared: Vec::new(), teacher: Teacher::default() })
+        let batch = Batch::new(engine, PROMPT_ROWS.max(parallel), Products::AsForMany);
+        let sequence = batch.sequence(settings.context, settings.kv, &SkipOptions::default())?;
+        let preamble = Held { tokens: Vec::new(), sequence };
+        let parallel = parallel.max(1);
+        let mut runner = Self { engine, settings, parallel, batch, preamble, spare: Vec::new() };
+        // Whatever is asked: the same as of two items that have nothing in common.
+        let [a, b] = ["A", "9"].map(|turn| Item { turns: vec![turn.into()], ..Item::default() });
+        let (a, b) = (runner.encode(&a, &[])?, runner.encode(&b, &[])?);
+        let tokens = a[..common(&a, &b)].to_vec();
+        if tokens.len() < runner.settings.context {
+            runner.batch.prompt(&mut runner.preamble.sequence, &tokens, None)?;
+            runner.preamble.tokens = tokens;
+        }
+        Ok(runner)
     }
 
-    /// The answers of `contender` to `item`, with their scores: against the references and, where the full model's
-    /// answers are given, against those. `keep_going` is asked after each token; `None` once it says no.
-    pub fn answer(
+    /// Has every contender answer every item, unless the answer is `known`, and scores the answers: against the references
+    /// and, where the full model contends, against its answers. `answered` gets each as soon as it is complete. True when
+    /// all are; `keep_going` is asked after each step, and what is unfinished when it says no is dropped.
+    pub fn answer_all(
         &mut self,
-        item: &Item,
-        contender: &Contender,
-        full: Option<&Record>,
+        items: &[Item],
+        contenders: &[Contender],
+        known: impl Fn(&Item, &Contender) -> Option<Record>,
+        mut answered: impl FnMut(Record) -> Result<(), TaskError>,
         mut keep_going: impl FnMut() -> bool,
-    ) -> Result<Option<Record>, TaskError> {
-        let mut record = Record {
-            task: self.settings.task.name().into(),
-            policy: contender.policy.clone(),
-            strength: contender.strength.clone(),
-            item: item.id.clone(),
-            group: item.group.clone(),
-            ..Record::default()
-        };
-        let mut stats = crate::skip::SkipStats::default();
-        let mut agreement: Vec<Score> = Vec::new();
-        let compares = self.settings.task != Task::FreebaseQa;
-        for turn in 0..item.turns.len() {
-            // The full model's words before this turn, where they are compared on this turn's.
-            if let Some(full) = full.filter(|_| compares) {
-                let prompt = self.prompt(item, &full.answers[..turn])?;
-                agreement.extend(self.agreement(&prompt, &full.tokens[turn], &contender.skip)?);
+    ) -> Result<bool, TaskError> {
+        // With more, answers of the last items would be waited for with hardly any work to share.
+        let most_cases = 2 + self.parallel / contenders.len().max(1);
+        let mut items = items.iter().enumerate();
+        let mut cases: BTreeMap<usize, Case<'_>> = BTreeMap::new();
+        let mut queue: VecDeque<(usize, &Contender)> = VecDeque::new();
+        let mut seats: Vec<Seat<'_, 'e>> = Vec::new();
+        loop {
+            while seats.len() < self.parallel {
+                if let Some((case, contender)) = queue.pop_front() {
+                    seats.push(self.seat(case, &cases[&case], contender, Record::default())?);
+                } else if cases.len() >= most_cases {
+                    break;
+                } else {
+                    let Some((i, item)) = items.next() else { break };
+                    let open: Vec<_> = contenders.iter().filter(|c| known(item, c).is_none()).collect();
+                    if !open.is_empty() {
+                        let full = contenders.iter().find(|c| c.policy == "off");
+                        let full = full.and_then(|c| known(item, c));
+                        cases.insert(i, self.case(item, full, open.len())?);
+                        queue.extend(open.into_iter().map(|contender| (i, contender)));
+                    }
+                }
             }
-            let prompt = self.prompt(item, &record.answers)?;
-            let Some(answer) = self.generate(&prompt, &contender.skip, &mut keep_going)? else {
-                return Ok(None);
-            };
-            stats.add(self.session.skip_stats());
-            record.answers.push(answer.text);
-            record.tokens.push(answer.tokens);
-            record.ended.push(answer.ended.into());
+            if seats.is_empty() {
+                return Ok(true);
+            }
+            self.advance(&mut seats)?;
+            if !keep_going() {
+                return Ok(false);
+            }
+            while let Some(at) = seats.iter().position(|seat| seat.lane.end().is_some()) {
+                let seat = seats.swap_remove(at);
+                let Some(case) = cases.get_mut(&seat.case) else { continue };
+                let (i, contender) = (seat.case, seat.contender);
+                match self.leave(seat, case.item) {
+                    (record, Some(stats)) => {
+                        let mut seat = self.seat(i, case, contender, record)?;
+                        seat.stats = stats;
+                        seats.push(seat);
+                    }
+                    (record, None) => self.finish(case, contender, record, contenders, &mut answered)?,
+                }
+                if case.open == 0
+                    && let Some(case) = cases.remove(&i)
+                {
+                    self.spare.extend(case.teachers.into_iter().map(|teacher| teacher.held.sequence));
+                }
+            }
+        }
+    }
+
+    fn case<'a>(&mut self, item: &'a Item, full: Option<Record>, open: usize) -> Result<Case<'a>, TaskError> {
+        let tokens = self.prompt(item, &[])?;
+        let (_, before) = split_last(&tokens)?;
+        // Not a spare one: its memory goes with the case.
+        let Settings { context, kv, .. } = self.settings;
+        let mut sequence = self.batch.sequence(context, kv, &SkipOptions::default())?;
+        let shared = common(before, &self.preamble.tokens);
+        sequence.copy_prefix(&self.preamble.sequence, shared);
+        self.batch.prompt(&mut sequence, &before[shared..], None)?;
+        let prompt = Shared { tokens: before.to_vec(), cache: sequence.into_kv() };
+        Ok(Case { item, prompt, full, teachers: Vec::new(), waiting: Vec::new(), open })
+    }
+
+    /// A sequence without tokens.
+    fn empty(&mut self) -> Result<Sequence, TaskError> {
+        if let Some(mut sequence) = self.spare.pop() {
+            sequence.truncate(0);
+            return Ok(sequence);
+        }
+        let Settings { context, kv, .. } = self.settings;
+        Ok(self.batch.sequence(context, kv, &SkipOptions::default())?)
+    }
+
+    /// `tokens` evaluated in full; what they share with `before` is not evaluated again.
+    fn evaluated(&mut self, tokens: &[u32], before: &Shared) -> Result<Held, TaskError> {
+        let shared = common(tokens, &before.tokens);
+        let mut sequence = self.empty()?;
+        sequence.share_prefix(&before.cache, shared);
+        self.batch.prompt(&mut sequence, &tokens[shared..], None)?;
+        Ok(Held { tokens: tokens.to_vec(), sequence })
+    }
+
+    /// Puts the turn that follows `record` to a contender.
+    fn seat<'a>(
+        &mut self,
+        index: usize,
+        case: &Case<'_>,
+        contender: &'a Contender,
+        record: Record,
+    ) -> Result<Seat<'a, 'e>, TaskError> {
+        let prompt = self.prompt(case.item, &record.answers)?;
+        let (last, before) = split_last(&prompt)?;
+        let policy = self.engine.model().policy(&contender.skip).map_err(ModelError::from)?;
+        let (mut sequence, mut governed) = (self.empty()?, 0);
+        if contender.skip.prefill {
+            sequence.set_policy(policy);
+            sequence.clear_stats();
+            self.batch.prompt(&mut sequence, before, Some(0))?;
+            governed = before.len();
+        } else {
+            self.spare.push(sequence);
+            sequence = self.evaluated(before, &case.prompt)?.sequence;
+            sequence.set_policy(policy);
+            sequence.clear_stats();
+        }
+        let stop = match (self.settings.task, &self.settings.template) {
+            (Task::FreebaseQa, None) => StopMatcher::new(["\n"]),
+            _ => StopMatcher::new(Vec::<String>::new()),
+        };
+        let sampler = Sampler::new(SamplerOptions::greedy())?;
+        let lane = self.batch.lane(sequence, (last, governed), sampler, stop, self.settings.max_tokens);
+        let (text, tokens) = (String::new(), Vec::new());
+        Ok(Seat { case: index, contender, record, stats: SkipStats::default(), lane, text, tokens })
+    }
+
+    /// One token more for each.
+    fn advance(&mut self, seats: &mut [Seat<'_, 'e>]) -> Result<(), TaskError> {
+        let tokenizer = self.engine.tokenizer();
+        let mut lanes = Vec::with_capacity(seats.len());
+        let mut answers = Vec::with_capacity(seats.len());
+        for Seat { lane, text, tokens, .. } in seats {
+            lanes.push(lane);
+            answers.push((text, tokens));
+        }
+        self.batch.advance(&mut lanes, |i, piece| {
+            let (text, tokens) = &mut answers[i];
+            text.push_str(&piece.text);
+            if !tokenizer.is_end_of_generation(piece.id) {
+                tokens.push(piece.id);
+            }
+        })?;
+        Ok(())
+    }
+
+    /// Adds the answer of a turn to those before. The counts so far, if there are more turns; else they are part of the
+    /// record.
+    fn leave(&mut self, seat: Seat<'_, 'e>, item: &Item) -> (Record, Option<SkipStats>) {
+        let Seat { mut record, mut stats, lane, text, tokens, contender, .. } = seat;
+        stats.add(lane.sequence.stats());
+        record.answers.push(text.trim().to_owned());
+        record.tokens.push(tokens);
+        let ended = match lane.end() {
+            Some(End::EndOfGeneration) => "end",
+            Some(End::StopString) => "stop",
+            _ => "length",
+        };
+        record.ended.push(ended.into());
+        self.spare.push(lane.sequence);
+        if record.answers.len() < item.turns.len() {
+            return (record, Some(stats));
         }
         let layers = self.engine.model().layers();
+        record.task = self.settings.task.name().into();
+        (record.policy, record.strength) = (contender.policy.clone(), contender.strength.clone());
+        (record.item, record.group) = (item.id.clone(), item.group.clone());
+        let bytes = |layer: usize| layers[layer].ffn.bytes() as u64;
         record.skipped = stats.share();
-        record.bytes_skipped = stats.weighted_share(|layer| layers[layer].ffn.bytes() as u64);
-        record.by_layer = stats.share_by_layer();
-        record.scores = scores(self.settings.task, item, &record, full);
-        add_agreement(&mut record.scores, &agreement);
-        Ok(Some(record))
+        record.bytes_skipped = stats.weighted_share(bytes);
+        record.by_layer = stats.weighted_share_by_layer(bytes);
+        (record, None)
+    }
+
+    /// Scores an answer, or keeps it until the full model has answered; the full model's brings those that waited.
+    fn finish<'a>(
+        &mut self,
+        case: &mut Case<'a>,
+        contender: &'a Contender,
+        record: Record,
+        contenders: &[Contender],
+        answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
+        let awaits =
+            contender.policy != "off" && case.full.is_none() && contenders.iter().any(|c| c.policy == "off");
+        if awaits {
+            case.waiting.push((contender, record));
+            return Ok(());
+        }
+        let is_full = contender.policy == "off";
+        let mut ready = vec![(contender, record)];
+        if is_full {
+            case.full = Some(ready[0].1.clone());
+            ready.append(&mut case.waiting);
+        }
+        for (contender, mut record) in ready {
+            let full = case.full.as_ref().filter(|_| contender.policy != "off");
+            record.scores = scores(self.settings.task, case.item, &record, full);
+            if full.is_some() && self.settings.task != Task::FreebaseQa {
+                let mut agreement = Vec::new();
+                for turn in 0..case.item.turns.len() {
+                    agreement.extend(self.agreement(case, turn, &contender.skip)?);
+                }
+                add_agreement(&mut record.scores, &agreement);
+            }
+            case.open -= 1;
+            answered(record)?;
+        }
+        Ok(())
     }
 
     /// The tokens of the prompt of the turn that follows `answers`.
@@ -180,128 +397,98 @@ impl<'e> Runner<'e> {
         }
     }
 
-    /// Brings the prompt into the cache, all but its last token, and starts `skip` from there. What the full model
-    /// evaluated of the prompt before is not evaluated again.
-    fn start(&mut self, prompt: &[u32], skip: &SkipOptions) -> Result<u32, TaskError> {
-        let Some((&last, before)) = prompt.split_last() else {
-            return Err(crate::session::SessionError::EmptyPrompt.into());
-        };
-        if skip.prefill {
-            self.shared.clear();
-            self.session.truncate(0);
-            self.session.set_skip(skip)?;
-            self.session.prompt(before, |_, _| true)?;
-            return Ok(last);
-        }
-        if self.shared != before {
-            // From the start: how a prompt is cut into batches must not depend on what ran before.
-            self.session.truncate(0);
-            self.session.set_skip(&SkipOptions::default())?;
-            self.session.prompt(before, |_, _| true)?;
-            self.shared = before.to_vec();
-        }
-        self.session.truncate(before.len());
-        self.session.set_skip(skip)?;
-        Ok(last)
-    }
-
-    fn generate(
-        &mut self,
-        prompt: &[u32],
-        skip: &SkipOptions,
-        keep_going: &mut impl FnMut() -> bool,
-    ) -> Result<Option<Answer>, TaskError> {
-        let last = self.start(prompt, skip)?;
-        self.session.push(last)?;
-        let stop = match (self.settings.task, &self.settings.template) {
-            (Task::FreebaseQa, None) => StopMatcher::new(["\n"]),
-            _ => StopMatcher::new(Vec::<String>::new()),
-        };
-        let mut sampler = Sampler::new(SamplerOptions::greedy())?;
-        let sampling = Sampling { sampler: &mut sampler, constraint: None, stop, ignore_eos: false };
-        let mut answer = Answer { text: String::new(), tokens: Vec::new(), ended: "length" };
-        let mut generation = self.session.generate(sampling, self.settings.max_tokens);
-        for piece in generation.by_ref() {
-            let piece = piece?;
-            answer.text.push_str(&piece.text);
-            answer.tokens.push(piece.id);
-            if !keep_going() {
-                return Ok(None);
-            }
-        }
-        answer.ended = match generation.end() {
-            Some(End::EndOfGeneration) => "end",
-            Some(End::StopString) => "stop",
-            _ => "length",
-        };
-        answer.text = answer.text.trim().to_owned();
-        Ok(Some(answer))
-    }
-
-    /// How the policy and the full model agree at each token of `answer`, the full model's own, after `prompt`.
+    /// How the policy and the full model agree at each token of the full model's answer to a turn.
     fn agreement(
         &mut self,
-        prompt: &[u32],
-        answer: &[u32],
+        case: &mut Case<'_>,
+        turn: usize,
         skip: &SkipOptions,
     ) -> Result<Vec<Score>, TaskError> {
+        if case.teachers.len() <= turn {
+            let teacher = self.teach(case, turn)?;
+            case.teachers.push(teacher);
+        }
+        let Teacher { last, held, answer, probabilities, exact } = &mut case.teachers[turn];
         if answer.is_empty() {
             return Ok(Vec::new());
         }
-        if self.teacher.prompt != prompt || self.teacher.answer != answer {
-            self.teacher = self.teach(prompt, answer)?;
+        let policy = self.engine.model().policy(skip).map_err(ModelError::from)?;
+        let (mut own, mut index) = (None, 0);
+        let sequence = match skip.prefill {
+            false => &mut held.sequence,
+            true => {
+                index = held.tokens.len();
+                own.insert(self.empty()?)
+            }
+        };
+        sequence.set_policy(policy);
+        if skip.prefill {
+            self.batch.prompt(sequence, &held.tokens, Some(0))?;
         }
-        let last = self.start(prompt, skip)?;
-        let teacher = std::mem::take(&mut self.teacher);
         let vocab = self.engine.model().config().vocab;
         let mut scores = Vec::new();
-        self.follow(last, answer, FfnStep::Governed { index: 0 }, |on, from, logits, targets| {
-            let exact = &teacher.exact[from..from + targets.len()];
-            let probabilities = &teacher.probabilities[from * vocab..][..logits.len()];
+        let step = FfnStep::Governed { index };
+        self.follow(sequence, *last, answer, step, |on, from, logits, targets| {
+            let exact = &exact[from..from + targets.len()];
+            let probabilities = &probabilities[from * vocab..][..logits.len()];
             scores.extend(score_rows(on, logits, targets, Some((probabilities, exact))));
         })?;
-        self.teacher = teacher;
+        self.spare.extend(own);
         Ok(scores)
     }
 
-    fn teach(&mut self, prompt: &[u32], answer: &[u32]) -> Result<Teacher, TaskError> {
-        let last = self.start(prompt, &SkipOptions::default())?;
-        let mut teacher = Teacher { prompt: prompt.to_vec(), answer: answer.to_vec(), ..Teacher::default() };
-        self.follow(last, answer, FfnStep::Full, |on, _, logits, targets| {
-            teacher.exact.extend(Exact::of(on, logits, targets));
-            teacher.probabilities.extend_from_slice(logits);
-        })?;
-        Ok(teacher)
+    fn teach(&mut self, case: &Case<'_>, turn: usize) -> Result<Teacher, TaskError> {
+        let (answers, answer) = match &case.full {
+            Some(full) => (full.answers[..turn].to_vec(), full.tokens[turn].clone()),
+            None => Default::default(),
+        };
+        let prompt = self.prompt(case.item, &answers)?;
+        let (last, before) = split_last(&prompt)?;
+        let mut held = self.evaluated(before, &case.prompt)?;
+        let (mut exact, mut probabilities) = (Vec::new(), Vec::new());
+        if !answer.is_empty() {
+            self.follow(&mut held.sequence, last, &answer, FfnStep::Full, |on, _, logits, targets| {
+                exact.extend(Exact::of(on, logits, targets));
+                probabilities.extend_from_slice(logits);
+            })?;
+        }
+        Ok(Teacher { last, held, answer, probabilities, exact })
     }
 
     /// Evaluates the prompt's `last` token and `answer` but its own last, and shows the logits of [`ROWS`] positions at a
     /// time: `show(position in the answer, logits, the tokens that came)`. The cache is left as it was.
     fn follow(
         &mut self,
+        sequence: &mut Sequence,
         last: u32,
         answer: &[u32],
         step: FfnStep,
         mut show: impl FnMut(crate::ops::Compute<'_>, usize, &mut [f32], &[u32]),
     ) -> Result<(), TaskError> {
-        let (model, on) = (self.engine.model(), self.engine.compute());
-        let state = self.session.state_mut();
-        let start = state.position();
+        let start = sequence.position();
         let inputs: Vec<u32> =
             std::iter::once(last).chain(answer[..answer.len() - 1].iter().copied()).collect();
-        let mut logits = Vec::new();
         for (i, tokens) in inputs.chunks(ROWS).enumerate() {
             let step = match step {
                 FfnStep::Governed { index } => FfnStep::Governed { index: index + i * ROWS },
                 FfnStep::Full => FfnStep::Full,
             };
-            model.forward(on, state, tokens, step)?;
-            logits.resize(tokens.len() * model.config().vocab, 0.0);
-            model.logits_of(on, state, 0..tokens.len(), &mut logits);
-            show(on, i * ROWS, &mut logits, &answer[i * ROWS..][..tokens.len()]);
+            self.batch.step(&mut [Part { sequence: &mut *sequence, tokens, step }])?;
+            let logits = self.batch.logits(0..tokens.len());
+            show(self.engine.compute(), i * ROWS, logits, &answer[i * ROWS..][..tokens.len()]);
         }
-        state.truncate(start);
+        sequence.truncate(start);
         Ok(())
     }
+}
+
+/// How many tokens two texts begin with alike.
+fn common(a: &[u32], b: &[u32]) -> usize {
+    a.iter().zip(b).take_while(|(a, b)| a == b).count()
+}
+
+fn split_last(prompt: &[u32]) -> Result<(u32, &[u32]), TaskError> {
+    prompt.split_last().map(|(&last, before)| (last, before)).ok_or(SessionError::EmptyPrompt.into())
 }
 
 /// Divergence from the full model, nats a token, and how often the most likely token is the same.

@@ -1,0 +1,190 @@
+//! The buffers of a step, and which row of them belongs to whom.
+
+use super::cut::CutScratch;
+use super::{Model, Part, Probe};
+use crate::memory::Pages;
+use crate::ops::attention::AttentionScratch;
+use crate::ops::{Inputs, MatmulScratch, RopeTable};
+use crate::skip::{Cut, Decision};
+use crate::threads::Team;
+
+/// How the matrices of a step are multiplied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Products {
+    /// In the way that is fastest for as many rows as there are. Up to [`GEMM_ROWS`](crate::ops::GEMM_ROWS)` - 1` rows
+    /// give bit by bit what each gives alone, and more give what any number above gives; between the two, sums are
+    /// rounded differently.
+    #[default]
+    Fastest,
+    /// As for many rows, whatever their number, so that a row of quantised matrices is the same in any company: a batch
+    /// of any size generates what its sequences generate alone. Slower for a few rows.
+    AsForMany,
+}
+
+/// The buffers of a step, for up to `batch` rows: a token of a sequence each. All memory of decoding is allocated here,
+/// once. Shapes in brackets; `n` is the rows of the step.
+pub struct Buffers {
+    /// Most rows of a step.
+    pub(super) batch: usize,
+    /// Whose the step's rows are, `[n]`.
+    pub(super) owners: Vec<Owner>,
+    /// `[n]`
+    pub(super) positions: Vec<usize>,
+    /// `[n, embedding]`: the residual stream.
+    pub(super) x: Pages<f32>,
+    /// `[rows, embedding]`: an FFN's output, where the stream before it is still needed.
+    pub(super) ffn_out: Pages<f32>,
+    /// `[n, q_dim + 2 kv_dim]`
+    pub(super) qkv: Pages<f32>,
+    /// `[n, embedding]`: normed stream.
+    pub(super) normed: Inputs,
+    /// `[n, q_dim]`: the attention's output before its matrix.
+    pub(super) attended: Inputs,
+    /// `[rows, ffn]`: the FFN's inner activations.
+    pub(super) inner: Inputs,
+    pub(super) rope: RopeTable,
+    /// `[1, embedding]`: normed stream of the last token, refined.
+    pub(super) last: Inputs,
+    /// `[vocab]`
+    pub(super) logits: Vec<f32>,
+    /// `0..batch`
+    pub(super) all_rows: Vec<usize>,
+    /// Rows that run the current layer at all.
+    pub(super) in_layer: Vec<usize>,
+    /// Rows whose FFN runs in full.
+    pub(super) active: Vec<usize>,
+    /// Rows whose FFN runs with a cut.
+    pub(super) cut_rows: Vec<usize>,
+    /// The cut of each of `cut_rows`.
+    pub(super) cuts: Vec<Cut>,
+    /// Empty for models without a cut plan.
+    pub(super) cut: CutScratch,
+    pub(super) matmul: Vec<MatmulScratch>,
+    pub(super) attention: Vec<AttentionScratch>,
+    /// Looks on.
+    pub(super) probe: Option<Box<dyn Probe>>,
+}
+
+/// Whose a row is: the `row`-th token of a part.
+#[derive(Clone, Copy)]
+pub(super) struct Owner {
+    pub part: usize,
+    pub row: usize,
+}
+
+impl Buffers {
+    /// For steps of `model` of up to `batch` rows.
+    pub fn new(model: &Model, team: &Team, batch: usize, products: Products) -> Self {
+        let (config, threads) = (model.config(), team.threads());
+        let (d, q, kv, ffn) = (config.embedding, config.q_dim(), config.kv_dim(), config.ffn);
+        let widest = config.vocab.max(ffn).max(q + 2 * kv).max(d);
+        let inputs = |cols| Inputs::with_capacity(batch, cols).by_panels(products == Products::AsForMany);
+        let matmul = || MatmulScratch::with_capacity(batch, widest.div_ceil(4 * threads));
+        let attention = || AttentionScratch::with_capacity(config.heads / config.kv_heads, config.head_dim);
+        Self {
+            batch,
+            owners: Vec::with_capacity(batch),
+            positions: Vec::with_capacity(batch),
+            x: Pages::zeroed(batch * d),
+            ffn_out: Pages::zeroed(batch * d),
+            qkv: Pages::zeroed(batch * (q + 2 * kv)),
+            normed: inputs(d),
+            attended: inputs(q),
+            inner: inputs(ffn),
+            rope: RopeTable::with_capacity(batch, config.rope.dimensions / 2),
+            last: Inputs::with_refined_capacity(1, d).by_panels(products == Products::AsForMany),
+            logits: vec![0.0; config.vocab],
+            all_rows: (0..batch).collect(),
+            in_layer: Vec::with_capacity(batch),
+            active: Vec::with_capacity(batch),
+            cut_rows: Vec::with_capacity(batch),
+            cuts: Vec::with_capacity(batch),
+            cut: CutScratch::new(model, batch),
+            matmul: (0..threads).map(|_| matmul()).collect(),
+            attention: (0..threads).map(|_| attention()).collect(),
+            probe: None,
+        }
+    }
+
+    /// Most rows of a step.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Rows of the last step.
+    pub fn rows(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// Shows `probe` what the following steps compute, or nobody.
+    pub fn set_probe(&mut self, probe: Option<Box<dyn Probe>>) {
+        self.probe = probe;
+    }
+
+    /// The residual stream of the last step's rows, `[n, embedding]`, before the final norm.
+    pub fn stream(&self) -> &[f32] {
+        &self.x
+    }
+
+    /// Gives each part its rows, in order.
+    pub(super) fn begin_step(&mut self, parts: &mut [Part<'_>]) {
+        self.owners.clear();
+        self.positions.clear();
+        for (i, part) in parts.iter_mut().enumerate() {
+            part.begin();
+            let (n, first) = (part.tokens.len(), part.sequence.position);
+            self.owners.extend((0..n).map(|row| Owner { part: i, row }));
+            self.positions.extend(first..first + n);
+        }
+    }
+
+    /// Shows the stream that enters `layer` to whoever looks on.
+    pub(super) fn show_stream(&mut self, layer: usize) {
+        let n = self.owners.len();
+        if let Some(probe) = &mut self.probe {
+            probe.stream(layer, &self.x[..self.x.len() / self.batch * n]);
+        }
+    }
+
+    /// The rows that run the layer at all.
+    pub(super) fn choose_layer_rows(&mut self, parts: &mut [Part<'_>], layer: usize) {
+        self.in_layer.clear();
+        for (row, owner) in self.owners.iter().enumerate() {
+            let part = &mut parts[owner.part];
+            if part.policy(owner.row).is_none_or(|policy| policy.runs_layer(layer)) {
+                self.in_layer.push(row);
+            } else {
+                part.sequence.stats.skipped(layer, 1);
+                part.sequence.stats.left_out(layer, 1);
+            }
+        }
+    }
+
+    /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan.
+    pub(super) fn choose_rows(&mut self, parts: &mut [Part<'_>], layer: usize, can_cut: bool) {
+        self.active.clear();
+        self.cut_rows.clear();
+        self.cuts.clear();
+        for &row in &self.in_layer {
+            let Owner { part, row: token } = self.owners[row];
+            let Some(policy) = parts[part].policy(token) else {
+                self.active.push(row);
+                continue;
+            };
+            let decision = policy.decide(layer);
+            let stats = &mut parts[part].sequence.stats;
+            match decision {
+                Decision::Skip => stats.skipped(layer, 1),
+                _ => stats.ran(layer, 1),
+            }
+            match decision {
+                Decision::Skip => {}
+                Decision::Cut(cut) if can_cut => {
+                    self.cut_rows.push(row);
+                    self.cuts.push(cut);
+                }
+                Decision::Run | Decision::Cut(_) => self.active.push(row),
+            }
+        }
+    }
+}
