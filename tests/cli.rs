@@ -196,7 +196,7 @@ fn greedy_text_does_not_depend_on_the_threads() {
     with_model!(on);
     let text = |threads| on(&["run", "Why is the sky blue?", "--temp", "0", "-n", "40", "-t", threads]).ok();
     let one = text("1");
-    assert!(one.contains("sky"), "{one}");
+    assert!(one.contains("light"), "{one}");
     assert_eq!(text("1"), one);
     assert_eq!(text("2"), one);
     let q8 = on(&["run", "Why is the sky blue?", "--temp", "0", "-n", "10", "--kv", "q8_0"]).ok();

@@ -18,6 +18,8 @@
 //! * `dot`, for one token: weights are read in place, once, in the order of the file;
 //! * `gemm`, for many: 32 rows are unpacked to bytes in a panel that stays in the L1/L2 cache and
 //!   serves every token. One micro-kernel an ISA serves every type.
+//!
+//! A matrix unit multiplies many tokens in another form: see [`tiles`].
 
 pub mod activations;
 #[cfg(target_arch = "aarch64")]

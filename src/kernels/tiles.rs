@@ -27,7 +27,7 @@ pub const TILE: usize = 16;
 pub(super) const STEP: usize = 64;
 /// Greatest magnitude of a weight or an activation in 16 bits: its high byte, rounded, fits 8 bits.
 pub(super) const LIMIT: f32 = 32600.0;
-/// Sums of less than this count as nothing; an inverse of it is finite.
+/// A scale of less than this counts as nothing; the inverse of a greater one is finite.
 pub(super) const TINY: f32 = 1e-30;
 
 /// 16 rows of 64 bytes, aligned to cache lines: a tile that is not is loaded at half the speed.
