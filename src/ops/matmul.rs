@@ -384,7 +384,7 @@ mod tests {
     }
 
     #[test]
-    fn products_in_tiles_are_nearly_exact() {
+    fn a_matrix_unit_takes_many_rows_and_needs_no_second_term() {
         if Kernels::select(None).unwrap().has_tiles() {
             let x = wave(GEMM_ROWS * 1280, 0.37);
             let team = Team::new(2).unwrap();
