@@ -216,10 +216,7 @@ impl Kernels {
         cols: Range<usize>,
         panel: &mut Panel,
     ) {
-        let (block, rows) = (ty.block_len(), weights.len() / row_bytes);
-        assert!(quant::is_quantised(ty) && rows <= PANEL_ROWS && weights.len() == rows * row_bytes);
-        assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
-        assert!(cols.len() <= PANEL_COLS && ty.row_bytes(cols.end) <= row_bytes);
+        let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.reshape(ty, cols.len());
         let bytes = ty.row_bytes(cols.start)..ty.row_bytes(cols.end);
         let (n, groups) = (cols.len(), panel.groups());
@@ -268,6 +265,18 @@ impl Kernels {
         // are set by `Panel::reshape`.
         unsafe { (self.isa.functions.gemm)(panel, x, acc) }
     }
+}
+
+/// How many rows are to be unpacked.
+///
+/// # Panics
+/// If `weights` are not whole rows, up to [`PANEL_ROWS`], or `cols` are not whole blocks of theirs, up to [`PANEL_COLS`].
+fn panel_rows(ty: GgmlType, weights: &[u8], row_bytes: usize, cols: &Range<usize>) -> usize {
+    let (block, rows) = (ty.block_len(), weights.len() / row_bytes);
+    assert!(quant::is_quantised(ty) && rows <= PANEL_ROWS && weights.len() == rows * row_bytes);
+    assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
+    assert!(cols.len() <= PANEL_COLS && ty.row_bytes(cols.end) <= row_bytes);
+    rows
 }
 
 /// The greatest `q` of a quantised type: what 16-bit sums can hold depends on it.

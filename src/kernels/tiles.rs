@@ -17,7 +17,7 @@
 
 use std::ops::Range;
 
-use super::{Kernels, PANEL_COLS, PANEL_ROWS};
+use super::{Kernels, PANEL_COLS, PANEL_ROWS, panel_rows};
 use crate::gguf::GgmlType;
 use crate::quant;
 
@@ -255,10 +255,7 @@ impl Kernels {
         cols: Range<usize>,
         panel: &mut TilePanel,
     ) {
-        let (block, rows) = (ty.block_len(), weights.len() / row_bytes);
-        assert!(quant::is_quantised(ty) && rows <= PANEL_ROWS && weights.len() == rows * row_bytes);
-        assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
-        assert!(cols.len() <= PANEL_COLS && ty.row_bytes(cols.end) <= row_bytes);
+        let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.cols = cols.len();
         let (bytes, after) = (ty.row_bytes(cols.start)..ty.row_bytes(cols.end), ty.row_bytes(cols.len()));
         let form = Form {
