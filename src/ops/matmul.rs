@@ -73,7 +73,13 @@ fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> us
     let fair = (FEW_BYTES / w.row_bytes().max(1))
         .clamp(shared_by(CHUNKS_A_THREAD), shared_by(LEAST_CHUNKS_A_THREAD));
     let cached = if x.rows == 1 { usize::MAX } else { CACHED_BYTES / w.row_bytes().max(1) };
-    fair.min(cached).next_multiple_of(4).max(MIN_CHUNK)
+    even_rows(outputs, fair.min(cached).max(MIN_CHUNK), on.team.threads())
+}
+
+/// Rows of a chunk, about `most`, so that equal threads have as many chunks as each other, all of them equally long.
+fn even_rows(outputs: usize, most: usize, threads: usize) -> usize {
+    let chunks = outputs.div_ceil(most).next_multiple_of(threads);
+    outputs.div_ceil(chunks).next_multiple_of(4).max(MIN_CHUNK)
 }
 
 /// `out[t] = [W0; W1; ...] x[t]`: the rows of the stacked matrices, one under the other.

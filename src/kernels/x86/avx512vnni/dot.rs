@@ -2,9 +2,8 @@
 //! unpacking of rows for `gemm`, from the same block readers.
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
-use super::blocks::{self, Four, Q8, Super, lanes};
+use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
 use crate::gguf::GgmlType;
 use crate::kernels::{Activations, Q8Row};
 
@@ -16,21 +15,13 @@ const ROWS: usize = 4;
 /// share of the bandwidth brings in while a line is under way.
 const PREFETCH: usize = 8192;
 
-/// Activations for a [`Four`]: bytes in the order of its `low` and `high`, in lane `4 b` the start
-/// of block `b`'s integer sum (`-zero * sum`), its scale in each of its lanes, and
-/// `scale * sum` in its first lane.
-struct Acts4 {
-    low: __m512i,
-    high: __m512i,
-    start: __m512i,
-    scale: __m512,
-    sum: __m512,
-}
-
-/// Activations for a [`Super`]: likewise, but scales and sums by group, as in [`Super`].
-struct Acts8 {
-    q: [__m512i; 4],
-    start: [__m512i; 4],
+/// Activations for a step: `q` bytes in the order of the type's, `start` where the integer sum of each begins (minus the
+/// zero point times the activations, spread over a group's lanes anyhow); and for each row that [`Scales`] has room for,
+/// in the same lanes as there, the scale of each group and `scale * sum`, by which a minimum counts.
+#[derive(Clone, Copy)]
+struct Acts<const N: usize> {
+    q: [__m512i; N],
+    start: [__m512i; N],
     scale: __m512,
     sum: __m512,
 }
@@ -53,22 +44,22 @@ fn load_q(x: &Q8Row<'_>, at: usize) -> __m512i {
     unsafe { _mm512_loadu_si512(q.as_ptr().cast()) }
 }
 
-/// Scales of the blocks of 128 columns from `at` on, in the first four lanes.
+/// Scales of the blocks of 128 columns from `at` on, over and over.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
 fn load_scale4(x: &Q8Row<'_>, at: usize) -> __m512 {
     let s: &[f32; 4] = x.scale[at / 32..].first_chunk().expect("rows of activations are padded");
     // SAFETY: 16 readable bytes; the load has no alignment.
-    _mm512_zextps128_ps512(unsafe { _mm_loadu_ps(s.as_ptr()) })
+    _mm512_broadcast_f32x4(unsafe { _mm_loadu_ps(s.as_ptr()) })
 }
 
-/// The eight sums over 16 columns from `at` on, in the first eight lanes.
+/// The eight sums over 16 columns from `at` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
-fn load_sum8(x: &Q8Row<'_>, at: usize) -> __m512i {
+fn load_sum8(x: &Q8Row<'_>, at: usize) -> __m256i {
     let s: &[i32; 8] = x.sum[at / 16..].first_chunk().expect("rows of activations are padded");
     // SAFETY: 32 readable bytes; the load has no alignment.
-    _mm512_zextsi256_si512(unsafe { _mm256_loadu_si256(s.as_ptr().cast()) })
+    unsafe { _mm256_loadu_si256(s.as_ptr().cast()) }
 }
 
 #[inline]
@@ -81,92 +72,63 @@ fn start<const SHIFT: u32>(sums: __m512i) -> __m512i {
     }
 }
 
+/// `scale * sum` of the four blocks of 128 columns, over and over.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn scaled_sums4(scale: __m512, sums: __m256i) -> __m512 {
+    let pairs = _mm256_add_epi32(sums, _mm256_srli_epi64(sums, 32));
+    let sums = _mm_cvtepi32_ps(_mm256_cvtepi64_epi32(pairs));
+    _mm512_mul_ps(scale, _mm512_broadcast_f32x4(sums))
+}
+
 /// For types whose zero point is `2^SHIFT` (0: none).
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn acts4<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts4 {
-    const SPREAD: [i32; 16] = blocks_of_lanes(4, 0);
+fn acts4<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts<2> {
     let (q0, q1) = (load_q(x, at), load_q(x, at + 64));
+    let (scale, sums) = (load_scale4(x, at), load_sum8(x, at));
     // Two sums a block, in its first two lanes.
-    let sums = _mm512_maskz_expand_epi32(0x3333, load_sum8(x, at));
-    let scale = _mm512_permutexvar_ps(lanes(&SPREAD), load_scale4(x, at));
-    Acts4 {
-        low: _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), q1),
-        high: _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), q1),
-        start: start::<SHIFT>(sums),
+    let spread = _mm512_maskz_expand_epi32(0x3333, _mm512_castsi256_si512(sums));
+    Acts {
+        q: [
+            _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), q1),
+            _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), q1),
+        ],
+        start: [start::<SHIFT>(spread), _mm512_setzero_si512()],
         scale,
-        sum: _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums)),
+        sum: scaled_sums4(scale, sums),
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step4<const MIN: bool>(w: &Four, a: &Acts4, acc: __m512) -> __m512 {
-    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start, w.low, a.low), w.high, a.high);
-    let acc = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(w.scale, a.scale), acc);
-    if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
-}
-
-/// Activations for [`Q8_0`](blocks::Q8): in the order of the row, blocks A and B, C and D.
-struct ActsQ8 {
-    q: [__m512i; 2],
-    start: [__m512i; 2],
-    scale: [__m512; 2],
-}
-
+/// For Q8_0: in the order of the row, blocks A and B, C and D.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn acts_q8_0(x: &Q8Row<'_>, at: usize) -> ActsQ8 {
-    const LOW: [i32; 16] = blocks_of_lanes(8, 0);
-    const HIGH: [i32; 16] = blocks_of_lanes(8, 2);
-    let (sums, scale) = (load_sum8(x, at), load_scale4(x, at));
+fn acts_q8_0(x: &Q8Row<'_>, at: usize) -> Acts<2> {
+    let sums = _mm512_castsi256_si512(load_sum8(x, at));
     // The two sums of a block in the first two of its lanes.
     let upper = _mm512_maskz_compress_epi32(0x00f0, sums);
-    ActsQ8 {
+    Acts {
         q: [load_q(x, at), load_q(x, at + 64)],
         start: [
             start::<7>(_mm512_maskz_expand_epi32(0x0303, sums)),
             start::<7>(_mm512_maskz_expand_epi32(0x0303, upper)),
         ],
-        scale: [_mm512_permutexvar_ps(lanes(&LOW), scale), _mm512_permutexvar_ps(lanes(&HIGH), scale)],
+        scale: load_scale4(x, at),
+        sum: _mm512_setzero_ps(),
     }
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_q8_0(w: &Q8, a: &ActsQ8, mut acc: __m512) -> __m512 {
-    for i in 0..2 {
-        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, _mm512_mul_ps(w.scale[i], a.scale[i]), acc);
-    }
-    acc
-}
-
-/// The last of a row's steps may begin inside the one before: the first blocks count nothing then.
-trait KeepLast {
-    fn keep_last(&mut self, blocks: usize);
-}
-
-impl KeepLast for Acts4 {
+impl Acts<2> {
+    /// The last of a row's steps may begin inside the one before: the first of its four blocks count nothing then.
     #[inline(always)]
     fn keep_last(&mut self, blocks: usize) {
-        let lanes = (0xffffu32 << (16 - 4 * blocks)) as u16;
-        // SAFETY: only the kernels of this module make `Acts4`.
+        let lanes = (0xf << (4 - blocks) & 0xf) * 0x1111;
+        // SAFETY: only the kernels of this module make `Acts`.
         (self.scale, self.sum) = unsafe { (keep(lanes, self.scale), keep(lanes, self.sum)) };
     }
 }
 
-impl KeepLast for ActsQ8 {
-    #[inline(always)]
-    fn keep_last(&mut self, blocks: usize) {
-        let lanes = 0xffff_ffffu64 << (32 - 8 * blocks);
-        // SAFETY: only the kernels of this module make `ActsQ8`.
-        self.scale =
-            unsafe { [keep(lanes as u16, self.scale[0]), keep((lanes >> 16) as u16, self.scale[1])] };
-    }
-}
-
-impl KeepLast for Acts8 {
+impl Acts<4> {
     fn keep_last(&mut self, _: usize) {
         unreachable!("a row of superblocks has no other steps");
     }
@@ -178,19 +140,6 @@ fn keep(lanes: u16, z: __m512) -> __m512 {
     _mm512_maskz_mov_ps(lanes, z)
 }
 
-/// Scales and sums of the eight groups of 32 in 256 columns, in the lower eight lanes.
-#[inline]
-#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-fn groups32(x: &Q8Row<'_>, at: usize) -> (__m512, __m512) {
-    let s: &[f32; 8] = x.scale[at / 32..].first_chunk().expect("rows of activations are padded");
-    // SAFETY: 32 readable bytes; the load has no alignment.
-    let scale = _mm512_zextps256_ps512(unsafe { _mm256_loadu_ps(s.as_ptr()) });
-    let sums = sums16(x, at);
-    let pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
-    let sum32 = _mm512_zextsi256_si512(_mm512_cvtepi64_epi32(pairs));
-    (scale, _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sum32)))
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn sums16(x: &Q8Row<'_>, at: usize) -> __m512i {
@@ -198,40 +147,64 @@ fn sums16(x: &Q8Row<'_>, at: usize) -> __m512i {
     lanes(s)
 }
 
+/// Scales of the eight groups of 32 in 256 columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn load_scale8(x: &Q8Row<'_>, at: usize) -> __m256 {
+    let s: &[f32; 8] = x.scale[at / 32..].first_chunk().expect("rows of activations are padded");
+    // SAFETY: 32 readable bytes; the load has no alignment.
+    unsafe { _mm256_loadu_ps(s.as_ptr()) }
+}
+
+/// Scales and `scale * sum` of eight groups of 32, twice.
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn groups32(x: &Q8Row<'_>, at: usize) -> (__m512, __m512) {
+    let scale = load_scale8(x, at);
+    let sums = sums16(x, at);
+    let pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+    let scaled = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(pairs)));
+    (_mm512_broadcast_f32x8(scale), _mm512_broadcast_f32x8(scaled))
+}
+
 /// For Q4_K and Q5_K: groups 0 2, 1 3, 4 6, 5 7.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn acts_k4(x: &Q8Row<'_>, at: usize) -> Acts8 {
+fn acts_k4(x: &Q8Row<'_>, at: usize) -> Acts<4> {
     let pair = |at| {
         let (a, b) = (load_q(x, at), load_q(x, at + 64));
         (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
     };
     let ((q0, q1), (q2, q3)) = (pair(at), pair(at + 128));
     let (scale, sum) = groups32(x, at);
-    Acts8 { q: [q0, q1, q2, q3], start: [_mm512_setzero_si512(); 4], scale, sum }
+    Acts { q: [q0, q1, q2, q3], start: [_mm512_setzero_si512(); 4], scale, sum }
 }
 
 /// For IQ4_XS: the order of [`Four`], twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn acts_iq4_xs(x: &Q8Row<'_>, at: usize) -> Acts8 {
+fn acts_iq4_xs(x: &Q8Row<'_>, at: usize) -> Acts<4> {
     let (a, b) = (acts4::<7>(x, at), acts4::<7>(x, at + 128));
-    let zero = _mm512_setzero_si512();
     let (scale, sum) = groups32(x, at);
-    Acts8 { q: [a.low, a.high, b.low, b.high], start: [a.start, zero, b.start, zero], scale, sum }
+    Acts {
+        q: [a.q[0], a.q[1], b.q[0], b.q[1]],
+        start: [a.start[0], a.start[1], b.start[0], b.start[1]],
+        scale,
+        sum,
+    }
 }
 
 /// For types with groups of 16 in the order of the row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts8 {
+fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts<4> {
     const TWICE: [i32; 16] = blocks_of_lanes(2, 0);
     const FIRST: [[i32; 16]; 4] =
         [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
     let sums = sums16(x, at);
     let first = |i: usize| start::<SHIFT>(_mm512_maskz_permutexvar_epi32(0x1111, lanes(&FIRST[i]), sums));
-    let scale = _mm512_permutexvar_ps(lanes(&TWICE), groups32(x, at).0);
-    Acts8 {
+    let scale = _mm512_permutexvar_ps(lanes(&TWICE), _mm512_castps256_ps512(load_scale8(x, at)));
+    Acts {
         q: [load_q(x, at), load_q(x, at + 64), load_q(x, at + 128), load_q(x, at + 192)],
         start: [first(0), first(1), first(2), first(3)],
         scale,
@@ -239,51 +212,117 @@ fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts8 {
     }
 }
 
+/// The scale of each lane's group, of the row that is number `row` in `scale`; `SPREAD` says where its first row's are.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn of_row(scale: __m512, spread: &[i32; 16], first: usize) -> __m512 {
+    _mm512_permutexvar_ps(_mm512_add_epi32(lanes(spread), _mm512_set1_epi32(first as i32)), scale)
+}
+
+/// Adds the products of a row's step: `row` is its number in `scale`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_k4(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
-    step8::<true>(w, a, &SPREAD_K4, acc)
+fn step4(w: &Four, a: &Acts<2>, scale: __m512, row: usize, acc: __m512) -> __m512 {
+    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start[0], w.low, a.q[0]), w.high, a.q[1]);
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), of_row(scale, &BLOCKS, 4 * row), acc)
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_groups16<const MIN: bool>(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
-    step8::<MIN>(w, a, &SPREAD_16, acc)
+fn step_q8_0(w: &[__m512i; 2], a: &Acts<2>, scale: __m512, row: usize, mut acc: __m512) -> __m512 {
+    const SPREAD: [i32; 16] = blocks_of_lanes(8, 0);
+    for i in 0..2 {
+        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w[i], a.q[i]));
+        acc = _mm512_fmadd_ps(sum, of_row(scale, &SPREAD, 4 * row + 2 * i), acc);
+    }
+    acc
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_iq4_xs(w: &Super, a: &Acts8, acc: __m512) -> __m512 {
-    step8::<false>(w, a, &SPREAD_IQ4_XS, acc)
+fn step_k4(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
+    step8(w, a, scale, 8 * row, &SPREAD_K4, acc)
 }
 
-/// `SPREAD[i]`: the group of each lane of `q[i]`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step8<const MIN: bool>(w: &Super, a: &Acts8, spread: &[[i32; 16]; 4], mut acc: __m512) -> __m512 {
-    let scale = _mm512_mul_ps(w.scale, a.scale);
+fn step_groups16(w: &Super, a: &Acts<4>, scale: __m512, _: usize, acc: __m512) -> __m512 {
+    step8(w, a, scale, 0, &SPREAD_16, acc)
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step_iq4_xs(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
+    step8(w, a, scale, 8 * row, &SPREAD_IQ4_XS, acc)
+}
+
+/// `SPREAD[i]`: the group of each lane of `w[i]`; the row's first group is number `first` in `scale`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+fn step8(
+    w: &Super,
+    a: &Acts<4>,
+    scale: __m512,
+    first: usize,
+    spread: &[[i32; 16]; 4],
+    mut acc: __m512,
+) -> __m512 {
     for (i, spread) in spread.iter().enumerate() {
-        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w.q[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, _mm512_permutexvar_ps(lanes(spread), scale), acc);
+        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w[i], a.q[i]));
+        acc = _mm512_fmadd_ps(sum, of_row(scale, spread, first), acc);
     }
-    if MIN { _mm512_fmadd_ps(w.min, a.sum, acc) } else { acc }
+    acc
 }
 
-const fn two_groups(low: i32, high: i32) -> [i32; 16] {
-    let mut index = [low; 16];
-    let mut i = 8;
-    while i < 16 {
-        index[i] = high;
-        i += 1;
-    }
-    index
-}
-
-const SPREAD_K4: [[i32; 16]; 4] = [two_groups(0, 2), two_groups(1, 3), two_groups(4, 6), two_groups(5, 7)];
+const LANES: [i32; 16] = blocks_of_lanes(1, 0);
+const BLOCKS: [i32; 16] = blocks_of_lanes(4, 0);
+const SPREAD_K4: [[i32; 16]; 4] = [two_halves(0, 2), two_halves(1, 3), two_halves(4, 6), two_halves(5, 7)];
 const SPREAD_IQ4_XS: [[i32; 16]; 4] =
     [blocks_of_lanes(4, 0), blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 4)];
 const SPREAD_16: [[i32; 16]; 4] =
     [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
+
+/// What the products of some rows and tokens have so far: their own lanes by row, the part of the minima in the lanes of
+/// [`Scales`], for as many rows together.
+struct Sums<const T: usize> {
+    rows: [[__m512; ROWS]; T],
+    mins: [[__m512; ROWS]; T],
+}
+
+impl<const T: usize> Sums<T> {
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn new() -> Self {
+        Self { rows: [[_mm512_setzero_ps(); ROWS]; T], mins: [[_mm512_setzero_ps(); ROWS]; T] }
+    }
+
+    /// Adds minima times activations for token `t` and the `TOGETHER` rows from `first` on.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn add_min<const TOGETHER: usize>(&mut self, t: usize, first: usize, min: __m512, sum: __m512) {
+        let to = if TOGETHER == 1 { &mut self.rows[t][first] } else { &mut self.mins[t][first / TOGETHER] };
+        *to = _mm512_fmadd_ps(min, sum, *to);
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+    fn total<const TOGETHER: usize>(mut self) -> [[f32; ROWS]; T] {
+        let mut totals = [[0f32; ROWS]; T];
+        for t in 0..T {
+            if TOGETHER > 1 {
+                for r in 0..ROWS {
+                    // To the same lanes whatever the row's number is, so that it does not change how sums are rounded.
+                    let n = 16 / TOGETHER;
+                    let first = of_row(self.mins[t][r / TOGETHER], &LANES, r % TOGETHER * n);
+                    let first = _mm512_maskz_mov_ps(((1u32 << n) - 1) as u16, first);
+                    self.rows[t][r] = _mm512_add_ps(self.rows[t][r], first);
+                }
+            }
+            totals[t] = reduce4(&self.rows[t]);
+        }
+        totals
+    }
+}
 
 /// The sums of the lanes of four registers.
 #[inline]
@@ -300,15 +339,62 @@ fn reduce4(a: &[__m512; 4]) -> [f32; 4] {
     sums
 }
 
-/// A function that multiplies rows of one type, `$cols` columns or `$bytes` bytes a step, with some
-/// tokens: `$acts(x, column)` prepares a token's activations, `$step(weights, acts, acc)` adds their
-/// products with what `$read(bytes)` made of the weights.
+/// A function that multiplies rows of one type, `$cols` columns or `$bytes` bytes a step, with some tokens:
+/// `$acts(x, column)` prepares a token's activations; `$scales(rows)` takes the scales of `$together` rows out of their
+/// blocks; `$step(weights, acts, scales, row, acc)` adds the products of those with what `$read(bytes)` made of a row's
+/// weights. `$min`: whether the type has minima.
 macro_rules! dot_rows {
-    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $read:path, $step:expr) => {
+    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $together:literal, $min:literal, $scales:expr, $read:path, $step:expr) => {
         // Not inlined: one function for all types would run out of registers.
         #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
         fn $name<const T: usize>(weights: &[u8], row_bytes: usize, x: &[Q8Row<'_>; T], out: [&mut [f32]; T]) {
+            // Loops, not `array::map`: the standard library is compiled without these features, so closures with
+            // intrinsics are not inlined into it.
+
+            /// The activations of every token from column `at` on.
+            #[inline]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn acts<const T: usize>(x: &[Q8Row<'_>; T], at: usize) -> [Acts<{ $cols / 64 }>; T] {
+                let mut acts = [$acts(&x[0], at); T];
+                for t in 1..T {
+                    acts[t] = $acts(&x[t], at);
+                }
+                acts
+            }
+
+            /// Adds a step of some rows.
+            #[inline]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn add<const R: usize, const T: usize>(
+                rows: [&[u8; $bytes]; R],
+                acts: &[Acts<{ $cols / 64 }>; T],
+                sums: &mut Sums<T>,
+            ) {
+                let mut first = 0;
+                while first < R {
+                    let mut together = [rows[first]; $together];
+                    for i in 1..$together {
+                        together[i] = rows[(first + i).min(R - 1)];
+                    }
+                    let w: Scales = $scales(together);
+                    let mut scale = [w.scale; T];
+                    for t in 0..T {
+                        scale[t] = _mm512_mul_ps(w.scale, acts[t].scale);
+                        if $min {
+                            sums.add_min::<$together>(t, first, w.min, acts[t].sum);
+                        }
+                    }
+                    for r in first..(first + $together).min(R) {
+                        let weights = $read(rows[r]);
+                        for t in 0..T {
+                            sums.rows[t][r] = $step(&weights, &acts[t], scale[t], r - first, sums.rows[t][r]);
+                        }
+                    }
+                    first += $together;
+                }
+            }
+
             /// The products of `R` rows with every token; those of missing rows are 0.
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -317,71 +403,64 @@ macro_rules! dot_rows {
                 row_bytes: usize,
                 x: &[Q8Row<'_>; T],
             ) -> [[f32; ROWS]; T] {
-                // Loops, not `array::map`: the standard library is compiled without these features, so
-                // closures with intrinsics are not inlined into it.
                 let whole = row_bytes / $bytes;
                 let mut steps = [[].as_slice(); R];
                 for r in 0..R {
                     steps[r] = &w[r * row_bytes..][..row_bytes].as_chunks::<$bytes>().0[..whole];
                 }
-                let mut acc = [[_mm512_setzero_ps(); ROWS]; T];
+                let mut sums = Sums::new();
                 let ahead = (R * row_bytes).max(PREFETCH);
+                let mut step = [&[0; $bytes]; R];
                 for s in 0..whole {
-                    let mut a = [const { MaybeUninit::uninit() }; T];
-                    for t in 0..T {
-                        a[t].write($acts(&x[t], s * $cols));
-                    }
+                    // The next rows lie behind these: fetched in the order of the file, so that their beginnings,
+                    // where every stream is new, do not wait for memory.
+                    prefetch(w, ahead + s * R * $bytes, R * $bytes);
                     for r in 0..R {
-                        // The next rows lie behind these: fetched in the order of the file, so that
-                        // their beginnings, where every stream is new, do not wait for memory.
-                        prefetch(w, ahead + (s * R + r) * $bytes, $bytes);
-                        let weights = $read(&steps[r][s]);
-                        for t in 0..T {
-                            // SAFETY: written above.
-                            let a = unsafe { a[t].assume_init_ref() };
-                            acc[t][r] = $step(&weights, a, acc[t][r]);
-                        }
+                        step[r] = &steps[r][s];
                     }
+                    add(step, &acts(x, s * $cols), &mut sums);
                 }
                 let tail = row_bytes % $bytes;
                 if tail > 0 {
                     prefetch(w, ahead + R * whole * $bytes, R * tail);
                     let blocks = tail / ($bytes / 4);
-                    for t in 0..T {
-                        let mut a = $acts(&x[t], (whole * $cols + blocks * 32).saturating_sub($cols));
-                        if whole > 0 {
-                            a.keep_last(blocks);
+                    let mut acts = acts(x, (whole * $cols + blocks * 32).saturating_sub($cols));
+                    let mut padded = [[0u8; $bytes]; R];
+                    if whole > 0 {
+                        // The row's last step begins inside the one before: what that did counts nothing.
+                        for t in 0..T {
+                            acts[t].keep_last(blocks);
                         }
                         for r in 0..R {
-                            let (row, mut padded) = (&w[r * row_bytes..][..row_bytes], [0u8; $bytes]);
-                            // The row's last step begins inside the one before: what that did counts
-                            // nothing. A row of less than a step has zeros behind it.
-                            let step = row.last_chunk().unwrap_or_else(|| {
-                                padded[..tail].copy_from_slice(row);
-                                &padded
-                            });
-                            acc[t][r] = $step(&$read(step), &a, acc[t][r]);
+                            step[r] = w[r * row_bytes..][..row_bytes].last_chunk().expect("more than a step");
                         }
+                    } else {
+                        // A row of less than a step has zeros behind it.
+                        for r in 0..R {
+                            padded[r][..tail].copy_from_slice(&w[r * row_bytes..][..row_bytes]);
+                        }
+                        step = padded.each_ref();
                     }
+                    add(step, &acts, &mut sums);
                 }
-                let mut sums = [[0f32; ROWS]; T];
-                for t in 0..T {
-                    sums[t] = reduce4(&acc[t]);
-                }
-                sums
+                sums.total::<$together>()
             }
             let (n, mut done) = (out[0].len(), 0);
             while done < n {
                 let w = &weights[done * row_bytes..];
-                let (sums, r) = if n - done >= ROWS {
-                    (rows::<ROWS, T>(w, row_bytes, x), ROWS)
+                if n - done >= ROWS {
+                    let sums = rows::<ROWS, T>(w, row_bytes, x);
+                    for t in 0..T {
+                        *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
+                    }
+                    done += ROWS;
                 } else {
-                    (rows::<1, T>(w, row_bytes, x), 1)
-                };
-                for t in 0..T {
-                    out[t][done..done + r].copy_from_slice(&sums[t][..r]);
+                    let sums = rows::<1, T>(w, row_bytes, x);
+                    for t in 0..T {
+                        out[t][done] = sums[t][0];
+                    }
+                    done += 1;
                 }
-                done += r;
             }
         }
     };
@@ -402,18 +481,18 @@ fn prefetch(w: &[u8], ahead: usize, bytes: usize) {
     }
 }
 
-dot_rows!(dot_q4_0, 128, 72, acts4::<3>, blocks::q4_0, step4::<false>);
-dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, blocks::iq4_nl, step4::<false>);
-dot_rows!(dot_q4_1, 128, 80, acts4::<0>, blocks::q4_1, step4::<true>);
-dot_rows!(dot_q5_0, 128, 88, acts4::<4>, blocks::q5_0, step4::<false>);
-dot_rows!(dot_q5_1, 128, 96, acts4::<0>, blocks::q5_1, step4::<true>);
-dot_rows!(dot_q8_0, 128, 136, acts_q8_0, blocks::q8_0, step_q8_0);
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, blocks::q2_k, step_groups16::<true>);
-dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, blocks::q3_k, step_groups16::<false>);
-dot_rows!(dot_q4_k, 256, 144, acts_k4, blocks::q4_k, step_k4);
-dot_rows!(dot_q5_k, 256, 176, acts_k4, blocks::q5_k, step_k4);
-dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, blocks::q6_k, step_groups16::<false>);
-dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, blocks::iq4_xs, step_iq4_xs);
+dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4, false, blocks::q4_0_scales, blocks::q4_0, step4);
+dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4, false, blocks::q4_0_scales, blocks::iq4_nl, step4);
+dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4, true, blocks::q4_1_scales, blocks::q4_1, step4);
+dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4, false, blocks::q5_0_scales, blocks::q5_0, step4);
+dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4, true, blocks::q5_1_scales, blocks::q5_1, step4);
+dot_rows!(dot_q8_0, 128, 136, acts_q8_0, 4, false, blocks::q8_0_scales, blocks::q8_0, step_q8_0);
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1, true, blocks::q2_k_scales, blocks::q2_k, step_groups16);
+dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1, false, blocks::q3_k_scales, blocks::q3_k, step_groups16);
+dot_rows!(dot_q4_k, 256, 144, acts_k4, 2, true, blocks::k4_scales, blocks::q4_k, step_k4);
+dot_rows!(dot_q5_k, 256, 176, acts_k4, 2, true, blocks::k4_scales, blocks::q5_k, step_k4);
+dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1, false, blocks::q6_k_scales, blocks::q6_k, step_groups16);
+dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2, false, blocks::iq4_xs_scales, blocks::iq4_xs, step_iq4_xs);
 
 /// `T` tokens from `t` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -512,60 +591,53 @@ fn straighten_k4(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
     (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
 }
 
+/// What `read(bytes)` makes of the weights of four blocks, in the order of the row, and `scales(rows)` of their scales.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 fn unpack4<const BYTES: usize>(
     bytes: &[u8],
-    q: &mut [u8],
-    scale: &mut [f32],
-    min: &mut [f32],
-    read: impl Fn(&[u8; BYTES]) -> (__m512i, __m512i, __m512, __m512),
+    (q, scale, min): (&mut [u8], &mut [f32], &mut [f32]),
+    read: impl Fn(&[u8; BYTES]) -> [__m512i; 2],
+    scales: impl Fn([&[u8; BYTES]; 4]) -> Scales,
 ) {
     let (steps, tail) = bytes.as_chunks::<BYTES>();
     for (s, b) in steps.iter().enumerate() {
-        let (z0, z1, scales, mins) = read(b);
-        store64(q, s * 128, z0);
-        store64(q, s * 128 + 64, z1);
-        scale[s * 4..][..4].copy_from_slice(&store_floats(scales)[..4]);
-        min[s * 4..][..4].copy_from_slice(&store_floats(mins)[..4]);
+        let (w, scales) = (read(b), scales([b; 4]));
+        store64(q, s * 128, w[0]);
+        store64(q, s * 128 + 64, w[1]);
+        scale[s * 4..][..4].copy_from_slice(&store_floats(scales.scale)[..4]);
+        min[s * 4..][..4].copy_from_slice(&store_floats(scales.min)[..4]);
     }
     if !tail.is_empty() {
         let mut padded = [0u8; BYTES];
         padded[..tail.len()].copy_from_slice(tail);
-        let (z0, z1, scales, mins) = read(&padded);
+        let (w, scales) = (read(&padded), scales([&padded; 4]));
         let mut rest = [0u8; 128];
-        store64(&mut rest, 0, z0);
-        store64(&mut rest, 64, z1);
+        store64(&mut rest, 0, w[0]);
+        store64(&mut rest, 64, w[1]);
         let (q, scale, min) =
             (&mut q[steps.len() * 128..], &mut scale[steps.len() * 4..], &mut min[steps.len() * 4..]);
         q.copy_from_slice(&rest[..q.len()]);
-        scale.copy_from_slice(&store_floats(scales)[..scale.len()]);
-        min.copy_from_slice(&store_floats(mins)[..min.len()]);
+        scale.copy_from_slice(&store_floats(scales.scale)[..scale.len()]);
+        min.copy_from_slice(&store_floats(scales.min)[..min.len()]);
     }
 }
 
+/// Likewise for superblocks with `groups` groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn row_order(w: &Four) -> (__m512i, __m512i, __m512, __m512) {
-    let (z0, z1) = straighten4(w.low, w.high);
-    (z0, z1, _mm512_maskz_compress_ps(0x1111, w.scale), _mm512_maskz_compress_ps(0x1111, w.min))
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn unpack8<const BYTES: usize>(
+fn unpack8<const BYTES: usize, const TOGETHER: usize>(
     bytes: &[u8],
     groups: usize,
-    q: &mut [u8],
-    scale: &mut [f32],
-    min: &mut [f32],
+    (q, scale, min): (&mut [u8], &mut [f32], &mut [f32]),
     read: impl Fn(&[u8; BYTES]) -> Super,
+    scales: impl Fn([&[u8; BYTES]; TOGETHER]) -> Scales,
 ) {
     for (s, b) in bytes.as_chunks::<BYTES>().0.iter().enumerate() {
-        let w = read(b);
-        for (i, z) in w.q.into_iter().enumerate() {
+        for (i, z) in read(b).into_iter().enumerate() {
             store64(q, s * 256 + i * 64, z);
         }
+        let w = scales([b; TOGETHER]);
         scale[s * groups..][..groups].copy_from_slice(&store_floats(w.scale)[..groups]);
         min[s * groups..][..groups].copy_from_slice(&store_floats(w.min)[..groups]);
     }
@@ -573,40 +645,43 @@ fn unpack8<const BYTES: usize>(
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn straight_k4(w: Super) -> Super {
-    let ((q0, q1), (q2, q3)) = (straighten_k4(w.q[0], w.q[1]), straighten_k4(w.q[2], w.q[3]));
-    Super { q: [q0, q1, q2, q3], ..w }
+fn straight4(w: Four) -> [__m512i; 2] {
+    straighten4(w.low, w.high).into()
 }
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn straight_iq4_xs(w: Super) -> Super {
-    let ((q0, q1), (q2, q3)) = (straighten4(w.q[0], w.q[1]), straighten4(w.q[2], w.q[3]));
-    Super { q: [q0, q1, q2, q3], ..w }
+fn straight_k4(q: Super) -> Super {
+    let ((q0, q1), (q2, q3)) = (straighten_k4(q[0], q[1]), straighten_k4(q[2], q[3]));
+    [q0, q1, q2, q3]
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn straight_iq4_xs(q: Super) -> Super {
+    let ((q0, q1), (q2, q3)) = (straighten4(q[0], q[1]), straighten4(q[2], q[3]));
+    [q0, q1, q2, q3]
 }
 
 /// See `quant::unpack_row`, with which the results are identical.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn unpack(ty: GgmlType, b: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]) {
     use GgmlType::*;
+    use blocks::*;
+    let to = (q, scale, min);
     match ty {
-        Q8_0 => unpack4(b, q, scale, min, |b| {
-            let w = blocks::q8_0(b);
-            let two = |z| _mm512_maskz_compress_ps(0x0101, z);
-            let scale = _mm512_mask_expand_ps(two(w.scale[0]), 0b1100, two(w.scale[1]));
-            (w.q[0], w.q[1], scale, _mm512_setzero_ps())
-        }),
-        Q4_0 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_0(b))),
-        Q4_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q4_1(b))),
-        Q5_0 => unpack4(b, q, scale, min, |b| row_order(&blocks::q5_0(b))),
-        Q5_1 => unpack4(b, q, scale, min, |b| row_order(&blocks::q5_1(b))),
-        IQ4_NL => unpack4(b, q, scale, min, |b| row_order(&blocks::iq4_nl(b))),
-        Q2_K => unpack8(b, 16, q, scale, min, |b| blocks::q2_k(b)),
-        Q3_K => unpack8(b, 16, q, scale, min, |b| blocks::q3_k(b)),
-        Q4_K => unpack8(b, 8, q, scale, min, |b| straight_k4(blocks::q4_k(b))),
-        Q5_K => unpack8(b, 8, q, scale, min, |b| straight_k4(blocks::q5_k(b))),
-        Q6_K => unpack8(b, 16, q, scale, min, |b| blocks::q6_k(b)),
-        IQ4_XS => unpack8(b, 8, q, scale, min, |b| straight_iq4_xs(blocks::iq4_xs(b))),
+        Q8_0 => unpack4(b, to, |b| q8_0(b), |b| q8_0_scales(b)),
+        Q4_0 => unpack4(b, to, |b| straight4(q4_0(b)), |b| q4_0_scales(b)),
+        Q4_1 => unpack4(b, to, |b| straight4(q4_1(b)), |b| q4_1_scales(b)),
+        Q5_0 => unpack4(b, to, |b| straight4(q5_0(b)), |b| q5_0_scales(b)),
+        Q5_1 => unpack4(b, to, |b| straight4(q5_1(b)), |b| q5_1_scales(b)),
+        IQ4_NL => unpack4(b, to, |b| straight4(iq4_nl(b)), |b| q4_0_scales(b)),
+        Q2_K => unpack8(b, 16, to, |b| q2_k(b), |b| q2_k_scales(b)),
+        Q3_K => unpack8(b, 16, to, |b| q3_k(b), |b| q3_k_scales(b)),
+        Q4_K => unpack8(b, 8, to, |b| straight_k4(q4_k(b)), |b| k4_scales(b)),
+        Q5_K => unpack8(b, 8, to, |b| straight_k4(q5_k(b)), |b| k4_scales(b)),
+        Q6_K => unpack8(b, 16, to, |b| q6_k(b), |b| q6_k_scales(b)),
+        IQ4_XS => unpack8(b, 8, to, |b| straight_iq4_xs(iq4_xs(b)), |b| iq4_xs_scales(b)),
         F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
     }
 }
