@@ -33,7 +33,7 @@ The full model and each policy at each ratio answer the same items from the same
 side by side; all of an item before the next, so that a table can be had at any time. Prompts run in full, once for all
 policies. Each answer is in --out as soon as its last token is there: after a kill, --resume generates anew only those
 that were in progress, --parallel of them at most. A mean stands with its 95 % interval: Wilson's for shares of answers,
-the normal one elsewhere; `less full` is the mean difference from the full model on the same items. After Ctrl-C the
+Student's elsewhere; `less full` is the mean difference from the full model on the same items. After Ctrl-C the
 answers so far are reported, with exit code 130.";
 
 /// Run the paper's tasks: factoid questions, summaries, conversations

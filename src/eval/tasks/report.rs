@@ -377,6 +377,8 @@ fn cell(unit: Unit, estimate: Option<&Estimate>) -> String {
     let Some(e) = estimate else { return String::new() };
     match unit {
         Unit::Share => format!("{:.1} [{:.1}, {:.1}]", 100.0 * e.mean, 100.0 * e.low, 100.0 * e.high),
+        Unit::Percent if e.n == 1 => format!("{:.1}", 100.0 * e.mean),
+        Unit::Mean(digits) if e.n == 1 => format!("{:.digits$}", e.mean),
         Unit::Percent => format!("{:.1} ±{:.1}", 100.0 * e.mean, 50.0 * (e.high - e.low)),
         Unit::Mean(digits) => format!("{:.digits$} ±{:.digits$}", e.mean, 0.5 * (e.high - e.low)),
     }
