@@ -10,7 +10,11 @@ use std::process::Output;
 
 use assert_cmd::Command;
 use common::models::{ModelFile, WIDE};
+use skiff::eval::tasks::{Contender, Item, Record, Runner, Settings, Task};
 use skiff::gguf::GgmlType;
+use skiff::model::KvType;
+use skiff::session::Engine;
+use skiff::skip::{SkipMode, SkipOptions};
 
 /// A folder with a tiny random model and data of each task.
 struct Bench {
@@ -69,8 +73,11 @@ const QA: &str =
     "--task freebaseqa --data qa.txt --policies random,skipdecode --ratios 10,30 --skip-cold 0,2 --raw";
 const CHAT: &str = "--chat-template chatml --policies random --ratios 50 --skip-cold 0,2 --skip-warmup 0";
 
-fn sorted_rows(bytes: &[u8]) -> Vec<&[u8]> {
-    let mut rows: Vec<&[u8]> = bytes.split(|&b| b == b'\n').collect();
+/// The rows that are not followed by a fuller one of the same answer: which do depends on who was ready first.
+fn final_rows(bytes: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(bytes);
+    let waits = |line: &&str| line.contains("\"awaits_full\":true");
+    let mut rows: Vec<String> = text.lines().filter(|line| !waits(line)).map(str::to_owned).collect();
     rows.sort_unstable();
     rows
 }
@@ -97,7 +104,7 @@ fn answers_do_not_depend_on_how_many_are_generated_together() {
         for parallel in [2, 5, 64] {
             let (other, other_rows) = run(parallel);
             assert_eq!(other, table, "{task} --parallel {parallel}");
-            assert!(sorted_rows(&other_rows) == sorted_rows(&rows), "{task} --parallel {parallel}");
+            assert!(final_rows(&other_rows) == final_rows(&rows), "{task} --parallel {parallel}");
         }
     }
 }
@@ -109,13 +116,13 @@ fn a_run_cut_short_anywhere_and_resumed_gives_the_same_table_and_rows() {
     assert_eq!(whole.lines().count(), 2 + 5, "{whole}");
     assert!(whole.lines().skip(2).all(|line| line.ends_with("| 4 |")), "{whole}");
     let bytes = fs::read(bench.path("whole.jsonl")).unwrap();
-    assert_eq!(bytes.iter().filter(|&&b| b == b'\n').count(), 4 * 5);
+    assert_eq!(final_rows(&bytes).len(), 4 * 5);
     for cut in [0, 1, bytes.len() / 3, bytes.len() / 2, bytes.len() - 1] {
         fs::write(bench.path("cut.jsonl"), &bytes[..cut]).unwrap();
         assert_eq!(bench.table(&format!("{QA} --out cut.jsonl --resume")), whole, "cut at {cut}");
         // Rows come as answers are complete, which depends on what is still to be answered.
         assert!(
-            sorted_rows(&fs::read(bench.path("cut.jsonl")).unwrap()) == sorted_rows(&bytes),
+            final_rows(&fs::read(bench.path("cut.jsonl")).unwrap()) == final_rows(&bytes),
             "cut at {cut}"
         );
     }
@@ -124,6 +131,101 @@ fn a_run_cut_short_anywhere_and_resumed_gives_the_same_table_and_rows() {
     // Other settings: nothing of the file fits.
     let other = bench.table(&format!("{QA} --out whole.jsonl --resume --shots 1 --limit 2"));
     assert!(other.lines().skip(2).all(|line| line.ends_with("| 2 |")), "{other}");
+}
+
+/// What `runner` hands on of an item that a policy and then the full model are to answer, one after the other, with
+/// `known` answers; it is stopped after the first that it hands on if `stop`.
+fn handed_on(runner: &mut Runner<'_>, known: &[Record], stop: bool) -> Vec<Record> {
+    let contender =
+        |policy: &str, skip: SkipOptions| Contender { policy: policy.into(), strength: String::new(), skip };
+    let skip = SkipOptions {
+        mode: SkipMode::Random,
+        ratio: Some(0.5),
+        cold: Some((0, 2)),
+        warm_up: Some(0),
+        ..SkipOptions::default()
+    };
+    let contenders = [contender("random", skip), contender("off", SkipOptions::default())];
+    let item = Item { turns: vec!["a story".into()], references: vec!["a".into()], ..Item::default() };
+    let (mut records, seen) = (Vec::new(), std::cell::Cell::new(0));
+    let known = |_: &Item, c: &Contender| known.iter().find(|r| r.policy == c.policy).cloned();
+    let answered = |record| {
+        records.push(record);
+        seen.set(seen.get() + 1);
+        Ok(())
+    };
+    runner.answer_all(&[item], &contenders, known, answered, || !stop || seen.get() == 0).unwrap();
+    records
+}
+
+/// An answer is handed on when it is there, though it can only be compared later; a run stopped in between goes on from it.
+#[test]
+fn an_answer_before_the_full_models_is_kept_at_once_and_compared_later() {
+    let bench = Bench::new();
+    let engine = Engine::load(&bench.path("model.gguf"), Some(1), None).unwrap();
+    let settings = Settings {
+        task: Task::Summarize,
+        template: None,
+        system: None,
+        shots: Vec::new(),
+        max_tokens: 6,
+        context: 256,
+        kv: KvType::F16,
+    };
+    let mut runner = Runner::new(&engine, settings, 1).unwrap();
+    let whole = handed_on(&mut runner, &[], false);
+    let seen: Vec<_> = whole.iter().map(|r| (r.policy.as_str(), r.awaits_full)).collect();
+    assert_eq!(seen, [("random", true), ("off", false), ("random", false)]);
+    assert!(!whole[0].scores.contains_key("kl") && whole[2].scores["kl"] > 0.0, "{whole:?}");
+    assert_eq!((&whole[0].answers, &whole[0].tokens), (&whole[2].answers, &whole[2].tokens));
+
+    let first = handed_on(&mut runner, &[], true);
+    assert_eq!(first, whole[..1], "the full model has not answered yet");
+    assert_eq!(handed_on(&mut runner, &first, false), whole[1..]);
+    assert_eq!(handed_on(&mut runner, &whole[..2], false), whole[2..], "nothing is left but to compare");
+}
+
+/// A file that a kill left with an answer that waits for the full model's.
+#[test]
+fn an_answer_that_waits_in_the_file_is_not_generated_again() {
+    let bench = Bench::new();
+    let args = format!("--task summarize --data . {CHAT} --json");
+    let whole = bench.table(&format!("{args} --out whole.jsonl"));
+    let rows = fs::read_to_string(bench.path("whole.jsonl")).unwrap();
+    let mut waiting = String::new();
+    for line in rows.lines() {
+        let mut row: serde_json::Value = serde_json::from_str(line).unwrap();
+        if row["answer"]["policy"] == "random" {
+            row["answer"]["awaits_full"] = true.into();
+            row["answer"]["scores"] = serde_json::json!({});
+            waiting.push_str(&format!("{row}\n"));
+        }
+    }
+    fs::write(bench.path("killed.jsonl"), &waiting).unwrap();
+    assert_eq!(bench.table(&format!("{args} --out killed.jsonl --resume")), whole);
+    let resumed = fs::read_to_string(bench.path("killed.jsonl")).unwrap();
+    let added = resumed.strip_prefix(&waiting).unwrap().as_bytes();
+    assert!(final_rows(added) == final_rows(rows.as_bytes()), "{resumed}");
+    // It is the answer of the file that counts, whatever this model would say.
+    fs::write(bench.path("other.jsonl"), waiting.replace("\"answers\":[\"", "\"answers\":[\"kept ")).unwrap();
+    assert_ne!(bench.table(&format!("{args} --out other.jsonl --resume")), whole);
+}
+
+/// The full model by itself, and named beside a policy: it is there once.
+#[test]
+fn the_full_model_can_be_the_only_one() {
+    let bench = Bench::new();
+    let table = |policies: &str| {
+        bench.table(&format!(
+            "--task freebaseqa --data qa.txt --raw --policies {policies} --ratios 10 --skip-cold 0,2"
+        ))
+    };
+    let alone = table("off");
+    assert_eq!(alone.lines().count(), 3, "{alone}");
+    assert!(alone.contains("| off |") && !alone.contains("less full"), "{alone}");
+    let beside = table("off,random");
+    assert_eq!(beside.lines().filter(|l| l.starts_with("| off |")).count(), 1, "{beside}");
+    assert!(beside.contains("| random | ratio 10") && beside.contains("contained %, less full"), "{beside}");
 }
 
 #[test]
@@ -150,6 +252,9 @@ fn every_task_has_its_table_plots_and_answers() {
     assert_eq!(answer["choices"][0]["turns"].as_array().unwrap().len(), 2);
     let csv = bench.table(&format!("{args} --resume -o csv").replace("--json", ""));
     assert!(csv.starts_with("policy,strength,group,n,") && csv.lines().count() == 3, "{csv}");
+    let columns: Vec<usize> = csv.lines().map(|line| line.matches(',').count()).collect();
+    assert_eq!(columns, [columns[0]; 3], "{csv}");
+    assert!(!csv.contains("change"), "nothing to set against the full model without a judge: {csv}");
 }
 
 /// What a policy that skips everything leaves of a model that knows its capitals: nothing.
@@ -280,6 +385,9 @@ fn a_judge_rates_and_compares_in_both_orders_and_is_not_asked_twice() {
     assert_eq!((&lines[0]["unparsable"], &lines[1]["unparsable"]), (&1.into(), &0.into()));
     assert_eq!(lines[0]["measures"]["judge"]["mean"], 7.0);
     assert_eq!(lines[1]["measures"]["wins"]["mean"], 0.5, "whoever always prefers the first is no judge");
+    assert_eq!(lines[1]["change"]["mean"], 0.0, "ratings less the full model's");
+    let judged = bench.table(&format!("{args} --resume").replace("--json", ""));
+    assert!(judged.contains("judge, less full | unparsable"), "{judged}");
     // Everything is known now: the judge is gone, and nobody asks for it.
     let again: serde_json::Value = serde_json::from_str(&bench.table(&format!("{args} --resume"))).unwrap();
     assert_eq!(again, lines);

@@ -354,15 +354,17 @@ impl SkipArgs {
 
 /// Names of policies that are set beside the full model.
 pub(super) fn policies() -> impl TypedValueParser<Value = SkipMode> {
-    let all = SkipMode::names().filter(|&name| name != SkipMode::Off.name());
-    PossibleValuesParser::new(all).try_map(|name| SkipMode::from_name(&name))
+    PossibleValuesParser::new(SkipMode::names()).try_map(|name| SkipMode::from_name(&name))
 }
 
-/// The policies `named`; without any all that are set by a ratio.
+/// The policies `named`; without any all that are set by a ratio. The full model is there in any case.
 pub(super) fn contending(named: &[SkipMode]) -> Vec<SkipMode> {
     let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
-    let set = all.filter(|mode| !matches!(mode, SkipMode::Off | SkipMode::Auto));
-    if named.is_empty() { set.collect() } else { named.to_vec() }
+    let modes: Vec<SkipMode> = match named {
+        [] => all.filter(|&mode| mode != SkipMode::Auto).collect(),
+        _ => named.to_vec(),
+    };
+    modes.into_iter().filter(|&mode| mode != SkipMode::Off).collect()
 }
 
 /// Refuses ratios that are no per cent.

@@ -31,8 +31,9 @@ Examples:
 
 The full model and each policy at each ratio answer the same items from the same prompts, greedily, --parallel answers
 side by side; all of an item before the next, so that a table can be had at any time. Prompts run in full, once for all
-policies. Results are kept in --out as they come; after a kill, --resume goes on and loses the answers in progress. A mean stands with its 95 % interval: Wilson's for shares of answers,
-the normal one elsewhere; `less full` is the mean difference from the full model on the same items. After Ctrl-C the
+policies. Each answer is in --out as soon as its last token is there: after a kill, --resume generates anew only those
+that were in progress, --parallel of them at most. A mean stands with its 95 % interval: Wilson's for shares of answers,
+Student's elsewhere; `less full` is the mean difference from the full model on the same items. After Ctrl-C the
 answers so far are reported, with exit code 130.";
 
 /// Run the paper's tasks: factoid questions, summaries, conversations
@@ -45,13 +46,13 @@ pub(super) struct EvalArgs {
     /// Its data: FreebaseQA text or JSON; a folder of .story files or JSON lines; MT-Bench's question.jsonl
     #[arg(long, value_name = "PATH")]
     data: PathBuf,
-    /// Items at most: a sample of the questions, as many stories or conversations of each group
+    /// Items at most: a sample of the questions; stories or conversations of all groups in turn
     #[arg(long, value_name = "N", value_parser = in_range(1, usize::MAX))]
     limit: Option<usize>,
     /// Seed of the sample of questions
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
-    /// Policies, beside the full model [default: all that this model has a calibration for]
+    /// Policies, beside the full model; `off`: none [default: all that this model has a calibration for]
     #[arg(long, value_name = "A,B,...", value_delimiter = ',', value_parser = policies())]
     policies: Vec<SkipMode>,
     /// Shares to skip, in percent
@@ -327,13 +328,13 @@ impl Run<'_> {
             before.get(&(c.policy.clone(), c.strength.clone(), item.id.clone())).cloned()
         };
         let pairs = self.items.iter().flat_map(|item| self.contenders.iter().map(move |c| (item, c)));
-        let open = pairs.filter(|(item, c)| known(item, c).is_none()).count();
+        let open = pairs.filter(|(item, c)| known(item, c).is_none_or(|r| r.awaits_full)).count();
         let bar = progress_bar(open, "answers {wide_bar} {pos}/{len}, {eta} left, {msg}", self.args.quiet);
         bar.enable_steady_tick(Duration::from_millis(200));
         let answered = |mut record: Record| {
             (record.settings, record.model) = (self.settings.clone(), self.model.clone());
             bar.set_message(format!("{} {}", record.policy, record.strength));
-            bar.inc(1);
+            bar.inc(u64::from(!record.awaits_full));
             ledger.push(Row::Answer { answer: record })
         };
         let go = || !self.listener.raised();

@@ -52,6 +52,17 @@ pub struct Record {
     pub by_layer: Vec<f64>,
     /// Values of the task's measures.
     pub scores: BTreeMap<String, f64>,
+    /// Whether it has yet to be compared with the full model's answer, which was not there when this one was.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_full: bool,
+}
+
+impl Record {
+    /// Whether `answer` is this one, written once more.
+    fn is_again(&self, answer: &Self) -> bool {
+        let Self { settings, policy, strength, item, .. } = answer;
+        (&self.settings, &self.policy, &self.strength, &self.item) == (settings, policy, strength, item)
+    }
 }
 
 /// What a judge said of an answer.
@@ -88,7 +99,8 @@ pub enum Row {
     Judgment { judgment: Judgment },
 }
 
-/// The rows of a run, in a file if there is one: appended as they come, each in one write.
+/// The rows of a run, in a file if there is one: appended as they come, each in one write. An answer that came before
+/// the full model's has two, the second with what the comparison gave.
 #[derive(Debug, Default)]
 pub struct Ledger {
     file: Option<(PathBuf, File)>,
@@ -132,7 +144,11 @@ impl Ledger {
 
     fn remember(&mut self, row: Row) {
         match row {
-            Row::Answer { answer } => self.answers.push(answer),
+            Row::Answer { answer } => {
+                // The same answer comes again once it has been compared.
+                self.answers.retain(|known| !(known.awaits_full && known.is_again(&answer)));
+                self.answers.push(answer);
+            }
             Row::Judgment { judgment } => self.judgments.push(judgment),
         }
     }

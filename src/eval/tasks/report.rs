@@ -83,13 +83,27 @@ impl Task {
         }
     }
 
-    /// The measure whose difference from the full model is reported, and plotted.
-    fn main(self) -> &'static str {
-        match self {
+    /// The measure that is plotted.
+    fn main(self) -> &'static Measure {
+        self.measure(match self {
             Self::FreebaseQa => "contained",
             Self::Summarize => "rougeL",
             Self::MtBench => "same_top1",
+        })
+    }
+
+    /// The measure whose difference from the full model is reported: one that the full model's answers have too. What is
+    /// good of a conversation only a judge can say.
+    fn changed(self) -> &'static Measure {
+        match self {
+            Self::MtBench => self.measure("judge"),
+            _ => self.main(),
         }
+    }
+
+    fn measure(self, key: &str) -> &'static Measure {
+        let measures = self.measures();
+        measures.iter().find(|m| m.key == key).unwrap_or(&measures[0])
     }
 }
 
@@ -110,7 +124,7 @@ pub struct Line {
     pub bytes_skipped: f64,
     /// The task's measures, by name, as far as there are values.
     pub measures: BTreeMap<&'static str, Estimate>,
-    /// The main measure less the full model's on the same items.
+    /// [`Task::changed`] less the full model's on the same items.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub change: Option<Estimate>,
     /// Judgments that could not be parsed.
@@ -176,18 +190,23 @@ impl Report {
         self.task.measures().iter().filter(has).collect()
     }
 
+    /// Whether anything could be set against the full model.
+    fn has_changes(&self) -> bool {
+        self.lines.iter().any(|l| l.change.is_some())
+    }
+
     /// As Markdown.
     pub fn markdown(&self) -> String {
         let columns = self.columns();
-        let main = self.task.measures().iter().find(|m| m.key == self.task.main());
-        let change = main.map_or(String::new(), |m| format!("{}, less full", m.title));
+        let changes = self.has_changes();
+        let changed = self.task.changed();
         let judged = self.lines.iter().any(|l| l.unparsable > 0);
         let grouped = self.lines.iter().any(|l| !l.group.is_empty());
         let mut heads: Vec<String> = vec!["policy".into(), "strength".into()];
         heads.extend(grouped.then(|| "group".into()));
         heads.extend(["FFNs skipped %".into(), "FFN bytes unread %".into()]);
         heads.extend(columns.iter().map(|m| m.title.to_owned()));
-        heads.push(change);
+        heads.extend(changes.then(|| format!("{}, less full", changed.title)));
         heads.extend(judged.then(|| "unparsable".into()));
         heads.push("n".into());
         let mut text = row(&heads) + &row(&heads.iter().map(|_| "---".to_owned()).collect::<Vec<_>>());
@@ -198,9 +217,9 @@ impl Report {
             );
             cells.extend([line.skipped, line.bytes_skipped].map(|share| format!("{:.1}", 100.0 * share)));
             cells.extend(columns.iter().map(|m| cell(m.unit, line.measures.get(m.key))));
-            let unit =
-                main.map_or(Unit::Percent, |m| if m.unit == Unit::Share { Unit::Percent } else { m.unit });
-            cells.push(cell(unit, line.change.as_ref()));
+            // A difference of shares is not a share.
+            let unit = if changed.unit == Unit::Share { Unit::Percent } else { changed.unit };
+            cells.extend(changes.then(|| cell(unit, line.change.as_ref())));
             cells.extend(judged.then(|| line.unparsable.to_string()));
             cells.push(line.n.to_string());
             text.push_str(&row(&cells));
@@ -211,8 +230,9 @@ impl Report {
     /// As CSV: every estimate with the ends of its interval.
     pub fn csv(&self) -> String {
         let columns = self.columns();
+        let changes = self.has_changes();
         let mut heads = ["policy", "strength", "group", "n", "skipped", "bytes_skipped"].join(",");
-        for key in columns.iter().map(|m| m.key).chain(["change"]) {
+        for key in columns.iter().map(|m| m.key).chain(changes.then_some("change")) {
             heads.push_str(&format!(",{key},{key}_low,{key}_high"));
         }
         let mut text = heads + ",unparsable\n";
@@ -223,8 +243,8 @@ impl Report {
                 "{},{strength},{},{},{:.4},{:.4}",
                 l.policy, l.group, l.n, l.skipped, l.bytes_skipped
             ));
-            let change = l.change.as_ref();
-            for e in columns.iter().map(|m| l.measures.get(m.key)).chain([change]) {
+            let change = changes.then_some(l.change.as_ref());
+            for e in columns.iter().map(|m| l.measures.get(m.key)).chain(change) {
                 text.push_str(
                     &e.map_or(",,,".into(), |e| format!(",{:.6},{:.6},{:.6}", e.mean, e.low, e.high)),
                 );
@@ -249,13 +269,8 @@ impl Report {
         Ok(plots)
     }
 
-    fn main_title(&self) -> &'static str {
-        let key = self.task.main();
-        self.task.measures().iter().find(|m| m.key == key).map_or(key, |m| m.title)
-    }
-
     fn value(&self, line: &Line) -> Option<f64> {
-        line.measures.get(self.task.main()).map(|e| 100.0 * e.mean)
+        line.measures.get(self.task.main().key).map(|e| 100.0 * e.mean)
     }
 
     fn policies(&self) -> Vec<&str> {
@@ -285,9 +300,9 @@ impl Report {
             ..Series::default()
         });
         Plot {
-            title: format!("{}: {} against what is skipped", self.task.name(), self.main_title()),
+            title: format!("{}: {} against what is skipped", self.task.name(), self.task.main().title),
             x_title: "FFN weight bytes left unread, of the tokens governed (%)".into(),
-            y_title: self.main_title().into(),
+            y_title: self.task.main().title.into(),
             log_y: false,
             series: series.collect(),
         }
@@ -345,9 +360,9 @@ impl Report {
             }
         }
         Plot {
-            title: format!("{}: {} by group", self.task.name(), self.main_title()),
+            title: format!("{}: {} by group", self.task.name(), self.task.main().title),
             x_title: "group".into(),
-            y_title: self.main_title().into(),
+            y_title: self.task.main().title.into(),
             log_y: false,
             series,
         }
@@ -362,6 +377,8 @@ fn cell(unit: Unit, estimate: Option<&Estimate>) -> String {
     let Some(e) = estimate else { return String::new() };
     match unit {
         Unit::Share => format!("{:.1} [{:.1}, {:.1}]", 100.0 * e.mean, 100.0 * e.low, 100.0 * e.high),
+        Unit::Percent if e.n == 1 => format!("{:.1}", 100.0 * e.mean),
+        Unit::Mean(digits) if e.n == 1 => format!("{:.digits$}", e.mean),
         Unit::Percent => format!("{:.1} ±{:.1}", 100.0 * e.mean, 50.0 * (e.high - e.low)),
         Unit::Mean(digits) => format!("{:.digits$} ±{:.digits$}", e.mean, 0.5 * (e.high - e.low)),
     }
@@ -416,7 +433,7 @@ fn line(task: Task, group: &str, mine: &[&Scored], all: &[Scored]) -> Line {
         };
         estimate.map(|estimate| (m.key, estimate))
     });
-    let key = task.main();
+    let key = task.changed().key;
     let change = |s: &&Scored| {
         let full = |f: &&Scored| f.record.policy == "off" && f.record.item == s.record.item;
         let full = all.iter().find(full)?.scores.get(key)?;

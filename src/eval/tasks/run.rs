@@ -124,8 +124,9 @@ impl<'e> Runner<'e> {
     }
 
     /// Has every contender answer every item, unless the answer is `known`, and scores the answers: against the references
-    /// and, where the full model contends, against its answers. `answered` gets each as soon as it is complete. True when
-    /// all are; `keep_going` is asked after each step, and what is unfinished when it says no is dropped.
+    /// and, where the full model contends, against its answers. `answered` gets each as soon as it is complete, and again
+    /// when it could be compared if it came before the full model's ([`Record::awaits_full`]). True when all are there;
+    /// `keep_going` is asked after each step, and what is unfinished when it says no is dropped.
     pub fn answer_all(
         &mut self,
         items: &[Item],
@@ -148,13 +149,9 @@ impl<'e> Runner<'e> {
                     break;
                 } else {
                     let Some((i, item)) = items.next() else { break };
-                    let open: Vec<_> = contenders.iter().filter(|c| known(item, c).is_none()).collect();
-                    if !open.is_empty() {
-                        let full = contenders.iter().find(|c| c.policy == "off");
-                        let full = full.and_then(|c| known(item, c));
-                        cases.insert(i, self.case(item, full, open.len())?);
-                        queue.extend(open.into_iter().map(|contender| (i, contender)));
-                    }
+                    let (case, open) = self.open(item, contenders, &known, &mut answered)?;
+                    cases.extend(case.map(|case| (i, case)));
+                    queue.extend(open.into_iter().map(|contender| (i, contender)));
                 }
             }
             if seats.is_empty() {
@@ -185,7 +182,37 @@ impl<'e> Runner<'e> {
         }
     }
 
-    fn case<'a>(&mut self, item: &'a Item, full: Option<Record>, open: usize) -> Result<Case<'a>, TaskError> {
+    /// The case of an item, if anything is missing, and who has yet to answer. Answers that are `known` and only have to be
+    /// compared with a known one of the full model are done at once.
+    fn open<'a>(
+        &mut self,
+        item: &'a Item,
+        contenders: &'a [Contender],
+        known: &impl Fn(&Item, &Contender) -> Option<Record>,
+        answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
+    ) -> Result<(Option<Case<'a>>, Vec<&'a Contender>), TaskError> {
+        let (mut full, mut waiting, mut open) = (None, Vec::new(), Vec::new());
+        for contender in contenders {
+            match known(item, contender) {
+                None => open.push(contender),
+                Some(record) if record.awaits_full => waiting.push((contender, record)),
+                Some(record) if contender.policy == "off" => full = Some(record),
+                Some(_) => {}
+            }
+        }
+        if open.is_empty() && waiting.is_empty() {
+            return Ok((None, open));
+        }
+        let mut case = self.case(item)?;
+        case.open = open.len() + waiting.len();
+        (case.full, case.waiting) = (full, waiting);
+        if case.full.is_some() {
+            self.score_waiting(&mut case, answered)?;
+        }
+        Ok((Some(case).filter(|case| case.open > 0), open))
+    }
+
+    fn case<'a>(&mut self, item: &'a Item) -> Result<Case<'a>, TaskError> {
         let tokens = self.prompt(item, &[])?;
         let (_, before) = split_last(&tokens)?;
         // Not a spare one: its memory goes with the case.
@@ -195,7 +222,7 @@ impl<'e> Runner<'e> {
         sequence.copy_prefix(&self.preamble.sequence, shared);
         self.batch.prompt(&mut sequence, &before[shared..], None)?;
         let prompt = Shared { tokens: before.to_vec(), cache: sequence.into_kv() };
-        Ok(Case { item, prompt, full, teachers: Vec::new(), waiting: Vec::new(), open })
+        Ok(Case { item, prompt, full: None, teachers: Vec::new(), waiting: Vec::new(), open: 0 })
     }
 
     /// A sequence without tokens.
@@ -297,41 +324,61 @@ impl<'e> Runner<'e> {
         (record, None)
     }
 
-    /// Scores an answer, or keeps it until the full model has answered; the full model's brings those that waited.
+    /// Hands an answer on. Before the full model's is there it can only be scored in part, and waits for the rest; the full
+    /// model's brings that.
     fn finish<'a>(
         &mut self,
         case: &mut Case<'a>,
         contender: &'a Contender,
-        record: Record,
+        mut record: Record,
         contenders: &[Contender],
         answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
     ) -> Result<(), TaskError> {
-        let awaits =
-            contender.policy != "off" && case.full.is_none() && contenders.iter().any(|c| c.policy == "off");
-        if awaits {
-            case.waiting.push((contender, record));
-            return Ok(());
+        if contender.policy == "off" {
+            case.full = Some(record.clone());
+            self.score(case, contender, record, answered)?;
+            return self.score_waiting(case, answered);
         }
-        let is_full = contender.policy == "off";
-        let mut ready = vec![(contender, record)];
-        if is_full {
-            case.full = Some(ready[0].1.clone());
-            ready.append(&mut case.waiting);
+        if case.full.is_some() || !contenders.iter().any(|c| c.policy == "off") {
+            return self.score(case, contender, record, answered);
         }
-        for (contender, mut record) in ready {
-            let full = case.full.as_ref().filter(|_| contender.policy != "off");
-            record.scores = scores(self.settings.task, case.item, &record, full);
-            if full.is_some() && self.settings.task != Task::FreebaseQa {
-                let mut agreement = Vec::new();
-                for turn in 0..case.item.turns.len() {
-                    agreement.extend(self.agreement(case, turn, &contender.skip)?);
-                }
-                add_agreement(&mut record.scores, &agreement);
-            }
-            case.open -= 1;
-            answered(record)?;
+        record.scores = scores(self.settings.task, case.item, &record, None);
+        record.awaits_full = true;
+        case.waiting.push((contender, record.clone()));
+        answered(record)
+    }
+
+    fn score_waiting(
+        &mut self,
+        case: &mut Case<'_>,
+        answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
+        for (contender, record) in std::mem::take(&mut case.waiting) {
+            self.score(case, contender, record, answered)?;
         }
         Ok(())
+    }
+
+    /// Scores an answer, also against the full model's if that is there.
+    fn score(
+        &mut self,
+        case: &mut Case<'_>,
+        contender: &Contender,
+        mut record: Record,
+        answered: &mut impl FnMut(Record) -> Result<(), TaskError>,
+    ) -> Result<(), TaskError> {
+        let full = case.full.as_ref().filter(|_| contender.policy != "off");
+        record.scores = scores(self.settings.task, case.item, &record, full);
+        record.awaits_full = false;
+        if full.is_some() && self.settings.task != Task::FreebaseQa {
+            let mut agreement = Vec::new();
+            for turn in 0..case.item.turns.len() {
+                agreement.extend(self.agreement(case, turn, &contender.skip)?);
+            }
+            add_agreement(&mut record.scores, &agreement);
+        }
+        case.open -= 1;
+        answered(record)
     }
 
     /// The tokens of the prompt of the turn that follows `answers`.
