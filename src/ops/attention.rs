@@ -9,13 +9,16 @@ use std::ops::Range;
 
 use super::Compute;
 use crate::kernels::Kernels;
+use crate::kernels::attention::{AttentionTiles, POSITIONS};
 use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
 
 /// Positions of a tile: its keys and values stay in the L2 cache.
-pub const TILE: usize = 128;
+pub const TILE: usize = POSITIONS;
 /// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
 const QUERY_ROWS: usize = 96;
+/// The same for a matrix unit, for which widened keys and values are packed besides.
+const TILED_QUERY_ROWS: usize = 512;
 /// Up to so many tokens read the cache in place, each with the same operations as if it were alone, so that a
 /// draft can be verified in one step; for more, widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
 /// nor that of heads in a chunk changes how a token's sums are rounded.
@@ -68,6 +71,7 @@ pub struct AttentionScratch {
     scores: Vec<f32>,
     out: Vec<f32>,
     wide: Vec<f32>,
+    tiles: AttentionTiles,
     /// Running maximum and sum of each query row.
     running: Vec<(f32, f32)>,
 }
@@ -126,7 +130,8 @@ fn one_sequence<C: CacheTile + Copy>(
 ) {
     let Shape { heads, kv_heads, head_dim } = shape;
     let (group, rows) = (heads / kv_heads, seen.rows);
-    let tokens = (QUERY_ROWS / group).clamp(1, rows);
+    let aim = if on.kernels.has_attention_tiles() { TILED_QUERY_ROWS } else { QUERY_ROWS };
+    let tokens = (aim / group).clamp(1, rows);
     // With few key/value heads for the threads, the heads of a group go to different ones.
     let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
     let chunk_heads = if split { 1 } else { group };
@@ -198,6 +203,9 @@ impl Block {
             let to = &mut scratch.queries[i * self.heads * dim..][..self.heads * dim];
             to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
         }
+        if !self.in_place && kernels.has_attention_tiles() {
+            return self.by_tiles(kernels, keys, values, scratch);
+        }
         scratch.out[..rows * dim].fill(0.0);
         scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
         let end = self.first + self.tokens.end;
@@ -220,6 +228,30 @@ impl Block {
         (last + 1).saturating_sub(positions.start).min(positions.len())
     }
 
+    /// All of a block by a matrix unit.
+    fn by_tiles(
+        &self,
+        kernels: Kernels,
+        keys: &impl CacheTile,
+        values: &impl CacheTile,
+        scratch: &mut AttentionScratch,
+    ) {
+        let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
+        let AttentionScratch { queries, out, wide, tiles, .. } = scratch;
+        let (begin, end) = (self.first + self.tokens.start, self.first + self.tokens.end);
+        kernels.begin_attention(&queries[..rows * dim], dim, |row| begin + row / self.heads, tiles);
+        for from in (0..end).step_by(TILE) {
+            let positions = from..(from + TILE).min(end);
+            let wide = &mut wide[..positions.len() * dim];
+            keys.widen(kernels, self.kv_head(), positions.clone(), wide);
+            kernels.take_keys(wide, tiles);
+            values.widen(kernels, self.kv_head(), positions, wide);
+            kernels.take_values(wide, tiles);
+            kernels.attend(from, tiles);
+        }
+        kernels.attended(tiles, &mut out[..rows * dim]);
+    }
+
     fn tile_in_place(
         &self,
         kernels: Kernels,
@@ -229,7 +261,7 @@ impl Block {
         scratch: &mut AttentionScratch,
     ) {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
-        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..positions.len() * dim];
         let keys = in_place(kernels, keys, self.kv_head(), &positions, wide);
         let queries = Rows { data: queries, rows, cols: dim, stride: dim };
@@ -264,7 +296,7 @@ impl Block {
     ) {
         let (dim, n) = (self.shape.head_dim, positions.len());
         let rows = self.tokens.len() * self.heads;
-        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..n * dim];
         keys.widen(kernels, self.kv_head(), positions.clone(), wide);
         let queries = View::rows(&queries[..rows * dim], dim);
