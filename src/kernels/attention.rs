@@ -25,6 +25,8 @@ use super::Kernels;
 pub const POSITIONS: usize = 128;
 /// Queries of a block, positions and dimensions of a step.
 pub(super) const STEP: usize = 32;
+/// Steps of positions.
+pub(super) const GROUPS: usize = POSITIONS / STEP;
 /// Queries, or rows, of a tile: those of a block are in two halves.
 pub(super) const HALF: usize = STEP / 2;
 /// The maximum of no scores: finite, because differences are formed.
@@ -71,78 +73,64 @@ pub struct AttentionTiles {
     dim: usize,
     rows: usize,
     /// Positions in `keys` and `values`.
-    positions: usize,
+    pub(super) positions: usize,
     /// `[block][step of dim]`
-    queries: Vec<Operand>,
+    pub(super) queries: Vec<Operand>,
     /// `[block][step of dim]`
-    sums: Vec<Square>,
+    pub(super) sums: Vec<Square>,
     /// `[block]`
-    running: Vec<Running>,
+    pub(super) running: Vec<Running>,
     /// `[position / 32][step of dim]`
-    keys: Vec<Operand>,
-    /// `[step of dim][position / 32]`
-    values: Vec<Operand>,
-    /// `[position / 32]`
-    scores: Vec<Square>,
-    /// `[position / 32]`
-    weights: Vec<Operand>,
+    pub(super) keys: Vec<Operand>,
+    /// `[step of dim][position / 32]`, [`GROUPS`] for each step.
+    pub(super) values: Vec<Operand>,
+    /// `[2][position / 32]`: of a block and of the next.
+    pub(super) scores: Vec<Square>,
+    /// `[2][position / 32]`: of a block and of the one before.
+    pub(super) weights: Vec<Operand>,
 }
 
 /// The functions of a matrix unit; `unsafe` to call where the CPU has none.
 pub(super) struct Functions {
-    /// Up to 32 rows of `dim` numbers, times a factor, to a step for each 32 of `dim`: a left operand.
+    /// Up to 32 rows of `dim` numbers to a step for each 32 of `dim`: a left operand.
     pub pack_rows: unsafe fn(rows: &[f32], dim: usize, to: &mut [Operand]),
     /// The same for a right one, times a factor.
     pub pack_columns: unsafe fn(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand]),
     /// Up to 32 rows to a left operand whose rows are the columns from `first` on.
     pub pack_turned: unsafe fn(rows: &[f32], dim: usize, first: usize, to: &mut Operand),
-    /// A block's queries meet keys and values.
-    pub attend: unsafe fn(Block<'_>),
+    /// All queries meet keys and values, those of positions from `first` on.
+    pub attend: unsafe fn(first: usize, &mut AttentionTiles),
     /// A block's sums divided by those of the weights, `[row][dim]`.
     pub divide: unsafe fn(&[Square], &Running, dim: usize, out: &mut [f32]),
 }
 
-/// A block of queries and the keys and values that it meets.
-pub(super) struct Block<'a> {
-    /// `[step of dim]`
-    pub queries: &'a [Operand],
-    /// `[step of dim]`
-    pub sums: &'a mut [Square],
-    pub running: &'a mut Running,
-    /// Position of the first key.
-    pub first: usize,
-    /// `[position / 32][step of dim]`: of the positions that a query of the block sees.
-    pub keys: &'a [Operand],
-    /// `[step of dim][position / 32]`, with as many steps of positions as fit [`POSITIONS`].
-    pub values: &'a [Operand],
-    /// `[position / 32]`, to be overwritten.
-    pub scores: &'a mut [Square],
-    /// `[position / 32]`, to be overwritten.
-    pub weights: &'a mut [Operand],
-}
-
 impl Running {
-    /// Whether each query sees all of `n` positions from `first` on.
+    /// Whether each query sees all of `n` positions from `first` on. Positions do not fall: the first query sees fewest.
     pub fn sees_all(&self, first: usize, n: usize) -> bool {
-        self.position.as_flattened().iter().all(|&p| first + n <= p as usize + 1)
+        first + n <= self.position[0][0] as usize + 1
+    }
+
+    /// Groups of 32 of `n` positions from `first` on, without those that not even the last query sees.
+    pub fn groups(&self, first: usize, n: usize) -> usize {
+        (self.position[1][HALF - 1] as usize + 1).saturating_sub(first).min(n).div_ceil(STEP)
     }
 }
 
 impl AttentionTiles {
     /// Steps of a row.
-    fn steps(&self) -> usize {
+    pub(super) fn steps(&self) -> usize {
         self.dim.div_ceil(STEP)
     }
 
     fn reshape(&mut self, rows: usize, dim: usize) {
         (self.rows, self.dim, self.positions) = (rows, dim, 0);
-        let (blocks, steps, groups) = (rows.div_ceil(STEP), self.steps(), POSITIONS / STEP);
+        let (blocks, steps) = (rows.div_ceil(STEP), self.steps());
         let operands = |v: &mut Vec<Operand>, n| v.resize(v.len().max(n), Operand::ZERO);
         operands(&mut self.queries, blocks * steps);
-        operands(&mut self.keys, groups * steps);
-        operands(&mut self.values, groups * steps);
-        operands(&mut self.weights, groups);
-        self.scores.resize(groups, Square::ZERO);
+        operands(&mut self.keys, GROUPS * steps);
+        operands(&mut self.values, GROUPS * steps);
+        operands(&mut self.weights, 2 * GROUPS);
+        self.scores.resize(2 * GROUPS, Square::ZERO);
         self.sums.clear();
         self.sums.resize(blocks * steps, Square::ZERO);
         self.running.clear();
@@ -207,7 +195,7 @@ impl Kernels {
         let dim = tiles.dim;
         assert!(values.len() == tiles.positions * dim);
         for (group, values) in values.chunks(STEP * dim).enumerate() {
-            for (step, to) in tiles.values.chunks_exact_mut(POSITIONS / STEP).enumerate() {
+            for (step, to) in tiles.values.chunks_exact_mut(GROUPS).enumerate() {
                 // SAFETY: the handle proves the ISA; these are up to 32 rows.
                 unsafe { (self.attention_functions().pack_turned)(values, dim, step * STEP, &mut to[group]) };
             }
@@ -217,17 +205,8 @@ impl Kernels {
     /// All queries meet the keys and values that were taken last, whose positions begin with `first`. What one query
     /// gets does not depend on the others.
     pub fn attend(&self, first: usize, tiles: &mut AttentionTiles) {
-        let steps = tiles.steps();
-        let blocks = tiles.queries.chunks_exact(steps).zip(tiles.sums.chunks_exact_mut(steps));
-        for ((queries, sums), running) in blocks.zip(&mut tiles.running) {
-            let last = running.position[1][HALF - 1] as usize;
-            let groups = (last + 1).saturating_sub(first).min(tiles.positions).div_ceil(STEP);
-            let (keys, values) = (&tiles.keys[..groups * steps], &tiles.values);
-            let (scores, weights) = (&mut tiles.scores[..groups], &mut tiles.weights[..groups]);
-            let block = Block { queries, sums, running, first, keys, values, scores, weights };
-            // SAFETY: the handle proves the ISA; the operands have as many steps as the fields of `Block` say.
-            unsafe { (self.attention_functions().attend)(block) };
-        }
+        // SAFETY: the handle proves the ISA.
+        unsafe { (self.attention_functions().attend)(first, tiles) }
     }
 
     /// What each query got, `[row][dim]`.
@@ -319,33 +298,50 @@ pub(super) mod reference {
         }
     }
 
-    fn attend(b: Block<'_>) {
-        let steps = b.queries.len();
-        b.scores.fill(Square::ZERO);
-        for (scores, keys) in b.scores.iter_mut().zip(b.keys.chunks_exact(steps)) {
-            keys.iter().zip(b.queries).for_each(|(k, q)| multiply(k, q, scores));
-        }
-        for query in 0..STEP {
-            let (half, lane) = (query / HALF, query % HALF);
-            let seen = b.running.position[half][lane] as usize + 1;
-            let score = |p: usize| b.scores[p / STEP].0[p % STEP / HALF][half][p % HALF][lane];
-            let n = seen.saturating_sub(b.first).min(STEP * b.scores.len());
-            let before = b.running.max[half][lane];
-            let max = (0..n).map(score).fold(before, f32::max);
-            let rescale = (before - max).exp2();
-            (b.running.max[half][lane], b.running.sum[half][lane]) =
-                (max, b.running.sum[half][lane] * rescale);
-            for sums in b.sums.iter_mut() {
-                sums.0.iter_mut().flat_map(|rows| &mut rows[half]).for_each(|row| row[lane] *= rescale);
+    fn attend(first: usize, tiles: &mut AttentionTiles) {
+        for block in 0..tiles.running.len() {
+            let (steps, groups) = (tiles.steps(), tiles.running[block].groups(first, tiles.positions));
+            let queries = &tiles.queries[block * steps..][..steps];
+            let scores = &mut tiles.scores[..groups];
+            scores.fill(Square::ZERO);
+            for (scores, keys) in scores.iter_mut().zip(tiles.keys.chunks_exact(steps)) {
+                keys.iter().zip(queries).for_each(|(k, q)| multiply(k, q, scores));
             }
-            for p in 0..STEP * b.scores.len() {
-                let weight = if p < n { (score(p) - max).exp2() } else { 0.0 };
-                b.running.sum[half][lane] += weight;
-                set(&mut b.weights[p / STEP], false, query, p % STEP, weight);
+            let sums = &mut tiles.sums[block * steps..][..steps];
+            let weights = &mut tiles.weights[..groups];
+            for query in 0..STEP {
+                softmax(query, first, scores, &mut tiles.running[block], sums, weights);
+            }
+            for (sums, values) in sums.iter_mut().zip(tiles.values.chunks_exact(GROUPS)) {
+                values.iter().zip(&*weights).for_each(|(v, w)| multiply(v, w, sums));
             }
         }
-        for (sums, values) in b.sums.iter_mut().zip(b.values.chunks_exact(POSITIONS / STEP)) {
-            values.iter().zip(b.weights.iter()).for_each(|(v, w)| multiply(v, w, sums));
+    }
+
+    fn softmax(
+        query: usize,
+        first: usize,
+        scores: &[Square],
+        running: &mut Running,
+        sums: &mut [Square],
+        weights: &mut [Operand],
+    ) {
+        let (half, lane) = (query / HALF, query % HALF);
+        let score = |p: usize| scores[p / STEP].0[p % STEP / HALF][half][p % HALF][lane];
+        let all = STEP * scores.len();
+        let n = (running.position[half][lane] as usize + 1).saturating_sub(first).min(all);
+        let before = running.max[half][lane];
+        let max = (0..n).map(score).fold(before, f32::max);
+        let rescale = (before - max).exp2();
+        for sums in sums {
+            sums.0.iter_mut().flat_map(|rows| &mut rows[half]).for_each(|row| row[lane] *= rescale);
+        }
+        let (to_max, sum) = (&mut running.max[half][lane], &mut running.sum[half][lane]);
+        (*to_max, *sum) = (max, *sum * rescale);
+        for p in 0..all {
+            let weight = if p < n { (score(p) - max).exp2() } else { 0.0 };
+            *sum += weight;
+            set(&mut weights[p / STEP], false, query, p % STEP, weight);
         }
     }
 

@@ -130,7 +130,8 @@ fn one_sequence<C: CacheTile + Copy>(
 ) {
     let Shape { heads, kv_heads, head_dim } = shape;
     let (group, rows) = (heads / kv_heads, seen.rows);
-    let aim = if on.kernels.has_attention_tiles() { TILED_QUERY_ROWS } else { QUERY_ROWS };
+    let way = Way::of(on.kernels, seen);
+    let aim = if way == Way::ByTiles { TILED_QUERY_ROWS } else { QUERY_ROWS };
     let tokens = (aim / group).clamp(1, rows);
     // With few key/value heads for the threads, the heads of a group go to different ones.
     let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
@@ -138,8 +139,7 @@ fn one_sequence<C: CacheTile + Copy>(
     let n = chunk_heads * head_dim;
     on.team.for_tiles(out, heads * head_dim, (tokens, n), scratch, |scratch, mut tile| {
         let head = tile.cols().start / head_dim;
-        let (tokens, in_place) = (tile.rows(), rows <= MAX_ALONE);
-        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens, in_place };
+        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens: tile.rows(), way };
         block.run(on.kernels, q, &seen.keys, &seen.values, scratch);
         for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
             tile.row(t).copy_from_slice(out);
@@ -163,7 +163,7 @@ fn one_row_each<C: CacheTile + Copy>(
         let head = tile.cols().start / head_dim;
         for row in tile.rows() {
             let Seen { keys, values, first, .. } = &seen[row];
-            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, in_place: true };
+            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, way: Way::InPlace };
             block.run(on.kernels, (&q[row * q_stride..], q_stride), keys, values, scratch);
             tile.row(row).copy_from_slice(&scratch.out[..n]);
         }
@@ -178,7 +178,28 @@ struct Block {
     head: usize,
     heads: usize,
     tokens: Range<usize>,
-    in_place: bool,
+    way: Way,
+}
+
+/// How queries meet keys and values.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    InPlace,
+    Widened,
+    /// By a matrix unit.
+    ByTiles,
+}
+
+impl Way {
+    /// That of a sequence's rows. Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
+    fn of<C: CacheTile>(kernels: Kernels, seen: &Seen<C>) -> Self {
+        let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
+        match seen.rows {
+            ..=MAX_ALONE => Self::InPlace,
+            _ if !kernels.has_attention_tiles() || f32s(&seen.keys) || f32s(&seen.values) => Self::Widened,
+            _ => Self::ByTiles,
+        }
+    }
 }
 
 impl Block {
@@ -203,7 +224,7 @@ impl Block {
             let to = &mut scratch.queries[i * self.heads * dim..][..self.heads * dim];
             to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
         }
-        if !self.in_place && kernels.has_attention_tiles() {
+        if self.way == Way::ByTiles {
             return self.by_tiles(kernels, keys, values, scratch);
         }
         scratch.out[..rows * dim].fill(0.0);
@@ -211,7 +232,7 @@ impl Block {
         let end = self.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
-            if self.in_place {
+            if self.way == Way::InPlace {
                 self.tile_in_place(kernels, positions, keys, values, scratch);
             } else {
                 self.tile_widened(kernels, positions, keys, values, scratch);
@@ -430,7 +451,7 @@ mod tests {
                 })
                 .collect()
         };
-        for threads in [1, 3] {
+        for threads in [1, 2, 3] {
             let team = Team::new(threads).unwrap();
             for kernels in Kernels::available() {
                 let on = Compute { team: &team, kernels };
@@ -443,7 +464,7 @@ mod tests {
                 ] {
                     let shape = Shape { heads, kv_heads, head_dim: dim };
                     let capacity = first + rows + 7;
-                    // Both ways, keys and values mixed.
+                    // In place or not, keys and values mixed; neither with two threads.
                     let k = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 1);
                     let v = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 3);
                     let q = random(rows * heads * dim);

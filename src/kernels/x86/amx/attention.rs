@@ -2,8 +2,11 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem;
 
-use crate::kernels::attention::{Block, HALF, LOWEST, Operand, POSITIONS, Pairs, Running, STEP, Square};
+use crate::kernels::attention::{
+    AttentionTiles, GROUPS, HALF, LOWEST, Operand, Pairs, Running, STEP, Square,
+};
 use crate::kernels::x86::avx512vnni::transpose16;
 
 type Vectors = [__m512i; HALF];
@@ -77,9 +80,15 @@ fn load(row: &[f32], col: usize) -> __m512 {
 #[target_feature(enable = "avx512f")]
 fn store(to: &mut Pairs, rows: Vectors) {
     for (to, row) in to.iter_mut().zip(rows) {
-        // SAFETY: 64 writable bytes.
-        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
+        store_row(to, row);
     }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn store_row(to: &mut [u32; HALF], row: __m512i) {
+    // SAFETY: 64 writable bytes.
+    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
 }
 
 /// Pairs of two numbers each as bf16: the nearest ones, and the nearest ones of what they leave.
@@ -95,116 +104,175 @@ fn planes(a: __m512, b: __m512) -> [__m512i; 2] {
 }
 
 /// See `Kernels::attend`.
+///
+/// The unit works beside the vector ports, so while the scores of a block become weights, it adds up the values of the
+/// block before and multiplies the keys with the block after: a few rows of weights after each of its steps, because
+/// the CPU looks no further ahead than a few hundred instructions.
 #[target_feature(enable = "avx512f,avx512bw")]
-pub(super) fn attend(b: Block<'_>) {
+pub(super) fn attend(first: usize, tiles: &mut AttentionTiles) {
     // SAFETY: `Kernels::attend`, the only caller, has a handle of this ISA.
     unsafe { super::configure() };
-    let Block { queries, sums, running, first, keys, values, scores, weights } = b;
-    for (keys, scores) in keys.chunks_exact(queries.len()).zip(scores.iter_mut()) {
-        multiply::<false>(keys, queries, scores);
+    let steps = tiles.steps();
+    let AttentionTiles { queries, sums, running, keys, values, scores, weights, positions, .. } = tiles;
+    let groups =
+        |running: &[Running], block: usize| running.get(block).map_or(0, |r| r.groups(first, *positions));
+    // The first blocks may see nothing of these positions.
+    let Some(start) = (0..running.len()).find(|&block| groups(running, block) > 0) else { return };
+    let (mut scores, mut next_scores) = scores.split_at_mut(GROUPS);
+    let (mut weights, mut last_weights) = weights.split_at_mut(GROUPS);
+    let (mut last, mut now) = (0, groups(running, start));
+    multiply_keys(keys, &queries[start * steps..][..steps], &mut scores[..now], || ());
+    for block in start..running.len() {
+        let next = groups(running, block + 1);
+        let (done, rest) = sums.split_at_mut(block * steps);
+        let pace = (HALF * now).div_ceil(steps * (last + next).max(1)).next_power_of_two().min(HALF);
+        let mut softmax = Softmax::begin(
+            (first, pace),
+            &scores[..now],
+            &mut running[block],
+            &mut rest[..steps],
+            &mut weights[..now],
+        );
+        if last > 0 {
+            let sums = &mut done[(block - 1) * steps..];
+            add_values(values, &last_weights[..last], sums, || softmax.go_on());
+        }
+        if next > 0 {
+            let queries = &queries[(block + 1) * steps..][..steps];
+            multiply_keys(keys, queries, &mut next_scores[..next], || softmax.go_on());
+        }
+        softmax.end();
+        mem::swap(&mut scores, &mut next_scores);
+        mem::swap(&mut weights, &mut last_weights);
+        (last, now) = (now, next);
     }
-    if running.sees_all(first, STEP * scores.len()) {
-        softmax::<false>(first, scores, running, weights, sums);
-    } else {
-        softmax::<true>(first, scores, running, weights, sums);
-    }
-    for (values, sums) in values.chunks_exact(POSITIONS / STEP).zip(sums) {
-        multiply::<true>(&values[..weights.len()], weights, sums);
-    }
+    let sums = &mut sums[(running.len() - 1) * steps..];
+    add_values(values, &last_weights[..last], sums, || ());
 }
 
-/// Turns scores into weights relative to the running maximum, and rescales what was summed before. `HIDDEN`: not all
-/// queries see all positions.
+/// Scores of each group of positions; `meanwhile` is called twice a step.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn softmax<const HIDDEN: bool>(
-    first: usize,
-    scores: &[Square],
-    running: &mut Running,
-    weights: &mut [Operand],
-    sums: &mut [Square],
-) {
-    for half in 0..2 {
-        let seen = Seen::<HIDDEN> { first: first as i32, position: load_i32(&running.position[half]) };
-        let before = load(&running.max[half], 0);
-        let max = greatest(scores, half, &seen, before);
-        let mut sum = load(&running.sum[half], 0);
-        if _mm512_cmp_ps_mask::<_CMP_LT_OQ>(before, max) != 0 {
-            let factor = exp2(_mm512_sub_ps(before, max));
-            rescale(sums, half, factor);
-            sum = _mm512_mul_ps(sum, factor);
-        }
-        sum = _mm512_add_ps(sum, weigh(scores, half, &seen, max, weights));
-        store_ps(&mut running.max[half], max);
-        store_ps(&mut running.sum[half], sum);
+fn multiply_keys(keys: &[Operand], queries: &[Operand], scores: &mut [Square], mut meanwhile: impl FnMut()) {
+    for (keys, scores) in keys.chunks_exact(queries.len()).zip(scores) {
+        multiply::<false>(keys, queries, scores, &mut meanwhile);
     }
 }
 
-/// Who sees which positions.
-struct Seen<const HIDDEN: bool> {
-    first: i32,
-    position: __m512i,
+/// Adds values by their weights; `meanwhile` is called twice a step.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn add_values(values: &[Operand], weights: &[Operand], sums: &mut [Square], mut meanwhile: impl FnMut()) {
+    for (values, sums) in values.chunks_exact(GROUPS).zip(sums) {
+        multiply::<true>(&values[..weights.len()], weights, sums, &mut meanwhile);
+    }
 }
 
-impl<const HIDDEN: bool> Seen<HIDDEN> {
-    /// Scores of a position, of those queries that see it.
+/// Turns the scores of a block into weights relative to the running maximum, step by step.
+struct Softmax<'a> {
+    /// Position of the first score.
+    first: i32,
+    /// Some query does not see all positions.
+    hidden: bool,
+    scores: &'a [Square],
+    weights: &'a mut [Operand],
+    running: &'a mut Running,
+    /// Pairs of rows, of which a group has 16 for each half of the queries.
+    done: usize,
+    /// Pairs of rows at a time: a power of 2, up to 16.
+    pace: usize,
+}
+
+impl<'a> Softmax<'a> {
+    /// Finds the maximum, and rescales what was summed before.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn begin(
+        (first, pace): (usize, usize),
+        scores: &'a [Square],
+        running: &'a mut Running,
+        sums: &mut [Square],
+        weights: &'a mut [Operand],
+    ) -> Self {
+        let hidden = !running.sees_all(first, STEP * scores.len());
+        let softmax = Self { first: first as i32, hidden, scores, weights, running, done: 0, pace };
+        for half in 0..2 {
+            let before = load(&softmax.running.max[half], 0);
+            let max = softmax.greatest(half, before);
+            if _mm512_cmp_ps_mask::<_CMP_LT_OQ>(before, max) != 0 {
+                let factor = exp2(_mm512_sub_ps(before, max));
+                rescale(sums, half, factor);
+                let sum = _mm512_mul_ps(load(&softmax.running.sum[half], 0), factor);
+                store_ps(&mut softmax.running.sum[half], sum);
+                store_ps(&mut softmax.running.max[half], max);
+            }
+        }
+        softmax
+    }
+
+    /// The greatest score of each query, `max` included.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn greatest(&self, half: usize, max: __m512) -> __m512 {
+        let (mut max, position) = ([max; 2], load_i32(&self.running.position[half]));
+        for group in 0..self.scores.len() {
+            for row in 0..HALF {
+                let pair = self.pair(group, half, row, position);
+                max = [_mm512_max_ps(max[0], pair[0]), _mm512_max_ps(max[1], pair[1])];
+            }
+        }
+        _mm512_max_ps(max[0], max[1])
+    }
+
+    /// Scores of 16 queries, where they see the positions: rows `row` and `16 + row` of a group.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn scores(&self, row: &[f32; HALF], position: usize) -> __m512 {
-        let scores = load(row, 0);
-        if !HIDDEN {
-            return scores;
-        }
-        let position = _mm512_set1_epi32(self.first + position as i32);
-        let seen = _mm512_cmple_epi32_mask(position, self.position);
-        _mm512_mask_blend_ps(seen, _mm512_set1_ps(LOWEST), scores)
-    }
-}
-
-/// The greatest score of each query, `max` included.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn greatest<const HIDDEN: bool>(scores: &[Square], half: usize, seen: &Seen<HIDDEN>, max: __m512) -> __m512 {
-    let mut max = [max; 2];
-    for (g, scores) in scores.iter().enumerate() {
-        for i in 0..HALF {
-            for (h, max) in max.iter_mut().enumerate() {
-                let row = seen.scores(&scores.0[h][half][i], g * STEP + h * HALF + i);
-                *max = _mm512_max_ps(*max, row);
+    fn pair(&self, group: usize, half: usize, row: usize, sees: __m512i) -> [__m512; 2] {
+        let scores = &self.scores[group].0;
+        let mut pair = [load(&scores[0][half][row], 0), load(&scores[1][half][row], 0)];
+        if self.hidden {
+            for (i, scores) in pair.iter_mut().enumerate() {
+                let position = _mm512_set1_epi32(self.first + (group * STEP + i * HALF + row) as i32);
+                let seen = _mm512_cmple_epi32_mask(position, sees);
+                *scores = _mm512_mask_blend_ps(seen, _mm512_set1_ps(LOWEST), *scores);
             }
         }
+        pair
     }
-    _mm512_max_ps(max[0], max[1])
-}
 
-/// Writes the weights of 16 queries and returns their sums.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn weigh<const HIDDEN: bool>(
-    scores: &[Square],
-    half: usize,
-    seen: &Seen<HIDDEN>,
-    max: __m512,
-    weights: &mut [Operand],
-) -> __m512 {
-    let mut sums = [_mm512_setzero_ps(); 2];
-    for (g, (scores, weights)) in scores.iter().zip(weights).enumerate() {
-        for i in 0..HALF {
-            let mut pair = [_mm512_setzero_ps(); 2];
-            for h in 0..2 {
-                let row = seen.scores(&scores.0[h][half][i], g * STEP + h * HALF + i);
-                pair[h] = exp2(_mm512_sub_ps(row, max));
-                sums[h] = _mm512_add_ps(sums[h], pair[h]);
+    /// Some more weights.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn go_on(&mut self) {
+        let (group, half, first) = (self.done / STEP, self.done / HALF % 2, self.done % HALF);
+        if group == self.scores.len() {
+            return;
+        }
+        let (max, position) = (load(&self.running.max[half], 0), load_i32(&self.running.position[half]));
+        let mut sums = [load(&self.running.sum[half], 0), _mm512_setzero_ps()];
+        for row in first..first + self.pace {
+            let mut pair = self.pair(group, half, row, position);
+            for i in 0..2 {
+                pair[i] = exp2(_mm512_sub_ps(pair[i], max));
+                sums[i] = _mm512_add_ps(sums[i], pair[i]);
             }
             let planes = planes(pair[0], pair[1]);
-            for p in 0..2 {
-                let to = &mut weights.0[p][half][i];
-                // SAFETY: 64 writable bytes.
-                unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), planes[p]) };
-            }
+            let [high, low] = &mut self.weights[group].0;
+            store_row(&mut high[half][row], planes[0]);
+            store_row(&mut low[half][row], planes[1]);
+        }
+        store_ps(&mut self.running.sum[half], _mm512_add_ps(sums[0], sums[1]));
+        self.done += self.pace;
+    }
+
+    /// All that is left.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw")]
+    fn end(mut self) {
+        while self.done < STEP * self.scores.len() {
+            self.go_on();
         }
     }
-    _mm512_add_ps(sums[0], sums[1])
 }
 
 #[inline]
@@ -252,7 +320,7 @@ fn store_ps(to: &mut [f32; HALF], x: __m512) {
 #[target_feature(enable = "avx512f")]
 pub(super) fn divide(sums: &[Square], running: &Running, dim: usize, out: &mut [f32]) {
     for half in 0..2 {
-        let sum = load(&running.sum[half], 0);
+        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), load(&running.sum[half], 0));
         for (i, rows) in sums.iter().flat_map(|s| &s.0).enumerate() {
             let col = i * HALF;
             if col >= dim {
@@ -260,7 +328,7 @@ pub(super) fn divide(sums: &[Square], running: &Running, dim: usize, out: &mut [
             }
             let mut turned = [_mm512_setzero_si512(); HALF];
             for (to, row) in turned.iter_mut().zip(&rows[half]) {
-                *to = _mm512_castps_si512(_mm512_div_ps(load(row, 0), sum));
+                *to = _mm512_castps_si512(_mm512_mul_ps(load(row, 0), inverse));
             }
             let turned = transpose16(turned);
             let mask = ((1u32 << (dim - col).min(HALF)) - 1) as u16;
@@ -275,7 +343,12 @@ pub(super) fn divide(sums: &[Square], running: &Running, dim: usize, out: &mut [
 /// The sums of the products of all steps of two operands, added to those before or not.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn multiply<const ADD: bool>(left: &[Operand], right: &[Operand], sums: &mut Square) {
+fn multiply<const ADD: bool>(
+    left: &[Operand],
+    right: &[Operand],
+    sums: &mut Square,
+    mut meanwhile: impl FnMut(),
+) {
     assert_eq!(left.len(), right.len());
     // SAFETY: the only caller has configured the thread's tiles; the operands are 4096 bytes each, like `sums`.
     unsafe {
@@ -285,7 +358,10 @@ fn multiply<const ADD: bool>(left: &[Operand], right: &[Operand], sums: &mut Squ
             super::gemm::zero();
         }
         for (left, right) in left.iter().zip(right) {
-            step(left, right);
+            high_products(left, right);
+            meanwhile();
+            low_products(left, right);
+            meanwhile();
         }
         store_sums(sums);
     }
@@ -312,14 +388,12 @@ unsafe fn load_sums(sums: &Square) {
     }
 }
 
-/// Adds the products of a step to `tmm0` to `tmm3`: high with high, low with high, high with low.
-///
-/// One tile is loaded twice, as eight registers hold no more; no sum is added to again before three others.
+/// Adds the products of a step's high planes to `tmm0` to `tmm3`, and leaves these planes in `tmm4` to `tmm7`.
 ///
 /// # Safety
 /// * The CPU has AMX with bf16, and this thread's tiles are configured.
 #[inline(always)]
-unsafe fn step(left: &Operand, right: &Operand) {
+unsafe fn high_products(left: &Operand, right: &Operand) {
     // SAFETY: as the caller says; the tiles of the operands, 1024 bytes each, are read.
     unsafe {
         asm!(
@@ -331,6 +405,28 @@ unsafe fn step(left: &Operand, right: &Operand) {
             "tdpbf16ps tmm1, tmm4, tmm7",
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
+            left = in(reg) &raw const *left,
+            right = in(reg) &raw const *right,
+            stride = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags, readonly),
+        );
+    }
+}
+
+/// Adds the products of low planes with high ones, after [`high_products`] of the same operands.
+///
+/// One tile is loaded twice, as eight registers hold no more; no sum is added to twice in a row.
+///
+/// # Safety
+/// * The CPU has AMX with bf16, and this thread's tiles are configured.
+/// * `tmm5` to `tmm7` are as [`high_products`] left them.
+#[inline(always)]
+unsafe fn low_products(left: &Operand, right: &Operand) {
+    // SAFETY: as the caller says; the tiles of the operands, 1024 bytes each, are read.
+    unsafe {
+        asm!(
             "tileloadd tmm4, [{left} + {stride}*1 + 2048]",
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tdpbf16ps tmm1, tmm4, tmm7",
