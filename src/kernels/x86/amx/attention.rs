@@ -51,6 +51,7 @@ fn planes_of_rows(rows: &[f32], dim: usize, first: usize, col: usize, factor: f3
 
 /// See `kernels::attention::Functions`.
 #[target_feature(enable = "avx512f,avx512bw")]
+#[allow(clippy::needless_range_loop)] // adapters over two planes are calls
 pub(super) fn pack_turned(rows: &[f32], dim: usize, first: usize, to: &mut Operand) {
     let n = rows.len() / dim;
     let row = |r: usize, col: usize| {
@@ -296,7 +297,7 @@ fn exp2(x: __m512) -> __m512 {
     let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
     let r = _mm512_sub_ps(x, n);
     let mut p = _mm512_set1_ps(1.339_086_3e-3);
-    for c in [9.676_032e-3, 5.550_357e-2, 0.240_221_07, 0.693_147_2, 1.0] {
+    for c in [9.676_032e-3, 5.550_357e-2, 0.240_221_07, std::f32::consts::LN_2, 1.0] {
         p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
     }
     _mm512_scalef_ps(p, n)
