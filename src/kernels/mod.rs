@@ -24,6 +24,7 @@
 pub mod activations;
 #[cfg(target_arch = "aarch64")]
 mod arm;
+pub mod attention;
 pub mod columns;
 pub mod float;
 pub mod gemm_f32;
@@ -66,6 +67,8 @@ struct Functions {
     float: &'static float::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
+    /// Those of a matrix unit for floats.
+    attention: Option<&'static attention::Functions>,
 }
 
 /// A row of the kernel table.

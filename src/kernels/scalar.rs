@@ -18,6 +18,7 @@ pub(super) static ISA: Isa = Isa {
         columns: super::columns::scalar,
         float: &float::PORTABLE,
         tiles: None,
+        attention: None,
     },
 };
 

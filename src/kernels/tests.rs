@@ -553,6 +553,62 @@ fn the_greatest_sums_fit_tiles() {
     }
 }
 
+/// Plain code for attention by a matrix unit.
+fn attention_reference() -> Kernels {
+    static ISA: Isa = Isa {
+        functions: Functions { attention: Some(&attention::reference::FUNCTIONS), ..scalar::ISA.functions },
+        ..scalar::ISA
+    };
+    Kernels { isa: &ISA }
+}
+
+/// Rows of queries that see the positions before `begin` and one more for every three of them.
+fn attended(k: Kernels, q: &[f32], keys: &[f32], values: &[f32], dim: usize, begin: usize) -> Vec<f32> {
+    let (mut tiles, mut out) = (attention::AttentionTiles::default(), vec![0.0; q.len()]);
+    k.begin_attention(&vec![1.0; 100 * dim], dim, |row| row, &mut tiles); // what was there before does not matter
+    k.begin_attention(q, dim, |row| begin + row / 3, &mut tiles);
+    let n = attention::POSITIONS * dim;
+    for (i, (keys, values)) in keys.chunks(n).zip(values.chunks(n)).enumerate() {
+        k.take_keys(keys, &mut tiles);
+        k.take_values(values, &mut tiles);
+        k.attend(i * attention::POSITIONS, &mut tiles);
+    }
+    k.attended(&tiles, &mut out);
+    out
+}
+
+#[test]
+fn attention_by_tiles_equals_plain_code_and_is_nearly_exact() {
+    let mut rng = Rng(53);
+    for k in kernels_under_test().into_iter().filter(Kernels::has_attention_tiles) {
+        for (rows, dim, begin) in
+            [(1, 8, 0), (32, 32, 3), (50, 64, 0), (97, 80, 130), (200, 128, 100), (33, 256, 600)]
+        {
+            let positions = begin + (rows - 1) / 3 + 1;
+            let scale = 1.0 / (dim as f32).sqrt();
+            let q: Vec<_> = rng.floats(rows * dim).into_iter().map(|q| scale * q).collect();
+            let (keys, values) = (rng.floats(positions * dim), rng.floats(positions * dim));
+            let got = attended(k, &q, &keys, &values, dim, begin);
+            let want = attended(attention_reference(), &q, &keys, &values, dim, begin);
+            for (row, (got, want)) in got.chunks(dim).zip(want.chunks(dim)).enumerate() {
+                let query = &q[row * dim..][..dim];
+                let exp = |key: &[f32]| {
+                    query.iter().zip(key).map(|(q, k)| f64::from(*q) * f64::from(*k)).sum::<f64>().exp()
+                };
+                let weights: Vec<_> = keys.chunks(dim).take(begin + row / 3 + 1).map(exp).collect();
+                let all: f64 = weights.iter().sum();
+                for i in 0..dim {
+                    let exact: f64 =
+                        weights.iter().zip(values.chunks(dim)).map(|(w, v)| w / all * f64::from(v[i])).sum();
+                    let context = format!("{k:?} {rows}x{dim} after {begin}, row {row}, {i}: {exact}");
+                    assert!((f64::from(got[i]) - exact).abs() < 4e-5, "{context}, not {}", got[i]);
+                    assert!((got[i] - want[i]).abs() < 2e-5, "{context}: {}, not {}", want[i], got[i]);
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn float_functions_equal_scalar() {
     let mut rng = Rng(23);

@@ -9,13 +9,16 @@ use std::ops::Range;
 
 use super::Compute;
 use crate::kernels::Kernels;
+use crate::kernels::attention::{AttentionTiles, POSITIONS};
 use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
 
 /// Positions of a tile: its keys and values stay in the L2 cache.
-pub const TILE: usize = 128;
+pub const TILE: usize = POSITIONS;
 /// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
 const QUERY_ROWS: usize = 96;
+/// The same for a matrix unit, for which widened keys and values are packed besides.
+const TILED_QUERY_ROWS: usize = 512;
 /// Up to so many tokens read the cache in place, each with the same operations as if it were alone, so that a
 /// draft can be verified in one step; for more, widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
 /// nor that of heads in a chunk changes how a token's sums are rounded.
@@ -68,6 +71,7 @@ pub struct AttentionScratch {
     scores: Vec<f32>,
     out: Vec<f32>,
     wide: Vec<f32>,
+    tiles: AttentionTiles,
     /// Running maximum and sum of each query row.
     running: Vec<(f32, f32)>,
 }
@@ -126,15 +130,16 @@ fn one_sequence<C: CacheTile + Copy>(
 ) {
     let Shape { heads, kv_heads, head_dim } = shape;
     let (group, rows) = (heads / kv_heads, seen.rows);
-    let tokens = (QUERY_ROWS / group).clamp(1, rows);
+    let way = Way::of(on.kernels, seen);
+    let aim = if way == Way::ByTiles { TILED_QUERY_ROWS } else { QUERY_ROWS };
+    let tokens = (aim / group).clamp(1, rows);
     // With few key/value heads for the threads, the heads of a group go to different ones.
     let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
     let chunk_heads = if split { 1 } else { group };
     let n = chunk_heads * head_dim;
     on.team.for_tiles(out, heads * head_dim, (tokens, n), scratch, |scratch, mut tile| {
         let head = tile.cols().start / head_dim;
-        let (tokens, in_place) = (tile.rows(), rows <= MAX_ALONE);
-        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens, in_place };
+        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens: tile.rows(), way };
         block.run(on.kernels, q, &seen.keys, &seen.values, scratch);
         for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
             tile.row(t).copy_from_slice(out);
@@ -158,7 +163,7 @@ fn one_row_each<C: CacheTile + Copy>(
         let head = tile.cols().start / head_dim;
         for row in tile.rows() {
             let Seen { keys, values, first, .. } = &seen[row];
-            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, in_place: true };
+            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, way: Way::InPlace };
             block.run(on.kernels, (&q[row * q_stride..], q_stride), keys, values, scratch);
             tile.row(row).copy_from_slice(&scratch.out[..n]);
         }
@@ -173,7 +178,28 @@ struct Block {
     head: usize,
     heads: usize,
     tokens: Range<usize>,
-    in_place: bool,
+    way: Way,
+}
+
+/// How queries meet keys and values.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    InPlace,
+    Widened,
+    /// By a matrix unit.
+    ByTiles,
+}
+
+impl Way {
+    /// That of a sequence's rows. Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
+    fn of<C: CacheTile>(kernels: Kernels, seen: &Seen<C>) -> Self {
+        let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
+        match seen.rows {
+            ..=MAX_ALONE => Self::InPlace,
+            _ if !kernels.has_attention_tiles() || f32s(&seen.keys) || f32s(&seen.values) => Self::Widened,
+            _ => Self::ByTiles,
+        }
+    }
 }
 
 impl Block {
@@ -198,12 +224,15 @@ impl Block {
             let to = &mut scratch.queries[i * self.heads * dim..][..self.heads * dim];
             to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
         }
+        if self.way == Way::ByTiles {
+            return self.by_tiles(kernels, keys, values, scratch);
+        }
         scratch.out[..rows * dim].fill(0.0);
         scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
         let end = self.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
-            if self.in_place {
+            if self.way == Way::InPlace {
                 self.tile_in_place(kernels, positions, keys, values, scratch);
             } else {
                 self.tile_widened(kernels, positions, keys, values, scratch);
@@ -220,6 +249,30 @@ impl Block {
         (last + 1).saturating_sub(positions.start).min(positions.len())
     }
 
+    /// All of a block by a matrix unit.
+    fn by_tiles(
+        &self,
+        kernels: Kernels,
+        keys: &impl CacheTile,
+        values: &impl CacheTile,
+        scratch: &mut AttentionScratch,
+    ) {
+        let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
+        let AttentionScratch { queries, out, wide, tiles, .. } = scratch;
+        let (begin, end) = (self.first + self.tokens.start, self.first + self.tokens.end);
+        kernels.begin_attention(&queries[..rows * dim], dim, |row| begin + row / self.heads, tiles);
+        for from in (0..end).step_by(TILE) {
+            let positions = from..(from + TILE).min(end);
+            let wide = &mut wide[..positions.len() * dim];
+            keys.widen(kernels, self.kv_head(), positions.clone(), wide);
+            kernels.take_keys(wide, tiles);
+            values.widen(kernels, self.kv_head(), positions, wide);
+            kernels.take_values(wide, tiles);
+            kernels.attend(from, tiles);
+        }
+        kernels.attended(tiles, &mut out[..rows * dim]);
+    }
+
     fn tile_in_place(
         &self,
         kernels: Kernels,
@@ -229,7 +282,7 @@ impl Block {
         scratch: &mut AttentionScratch,
     ) {
         let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
-        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..positions.len() * dim];
         let keys = in_place(kernels, keys, self.kv_head(), &positions, wide);
         let queries = Rows { data: queries, rows, cols: dim, stride: dim };
@@ -264,7 +317,7 @@ impl Block {
     ) {
         let (dim, n) = (self.shape.head_dim, positions.len());
         let rows = self.tokens.len() * self.heads;
-        let AttentionScratch { queries, scores, out, wide, running } = scratch;
+        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..n * dim];
         keys.widen(kernels, self.kv_head(), positions.clone(), wide);
         let queries = View::rows(&queries[..rows * dim], dim);
@@ -398,7 +451,7 @@ mod tests {
                 })
                 .collect()
         };
-        for threads in [1, 3] {
+        for threads in [1, 2, 3] {
             let team = Team::new(threads).unwrap();
             for kernels in Kernels::available() {
                 let on = Compute { team: &team, kernels };
@@ -411,7 +464,7 @@ mod tests {
                 ] {
                     let shape = Shape { heads, kv_heads, head_dim: dim };
                     let capacity = first + rows + 7;
-                    // Both ways, keys and values mixed.
+                    // In place or not, keys and values mixed; neither with two threads.
                     let k = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 1);
                     let v = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 3);
                     let q = random(rows * heads * dim);

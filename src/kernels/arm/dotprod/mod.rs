@@ -21,6 +21,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         columns: crate::kernels::columns::scalar,
         float: &neon::FLOAT,
         tiles: None,
+        attention: None,
     },
 };
 

@@ -28,6 +28,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         columns: crate::kernels::columns::scalar,
         float: &FLOAT,
         tiles: None,
+        attention: None,
     },
 };
 

@@ -55,7 +55,7 @@ pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mu
 /// # Safety
 /// * The CPU has AMX, and this thread's tiles are configured.
 #[inline(always)]
-unsafe fn zero() {
+pub(super) unsafe fn zero() {
     // SAFETY: as the caller says; only tiles are changed.
     unsafe {
         asm!(

@@ -4,6 +4,7 @@
 //! (Intel SDM vol. 1, chapter 18; Linux, Documentation/arch/x86/xstate.rst): ask the system once for the tiles' state,
 //! which is large, and load the shapes of the tiles once a thread.
 
+mod attention;
 mod gemm;
 mod pack;
 
@@ -13,13 +14,13 @@ use std::cell::Cell;
 use std::sync::OnceLock;
 
 use super::avx512vnni;
-use crate::kernels::{Functions, Isa, tiles};
+use crate::kernels::{self, Functions, Isa, tiles};
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "amx",
-    needs: "AMX (tile, int8) with AVX-512 VNNI, and a system that grants it",
+    needs: "AMX (tile, int8, bf16) with AVX-512 VNNI, and a system that grants it",
     detect,
-    functions: Functions { tiles: Some(&TILES), ..avx512vnni::ISA.functions },
+    functions: Functions { tiles: Some(&TILES), attention: Some(&ATTENTION), ..avx512vnni::ISA.functions },
 };
 
 static TILES: tiles::Functions = tiles::Functions {
@@ -30,17 +31,24 @@ static TILES: tiles::Functions = tiles::Functions {
     turn: gemm::turn,
 };
 
+static ATTENTION: kernels::attention::Functions = kernels::attention::Functions {
+    pack_rows: attention::pack_rows,
+    pack_columns: attention::pack_columns,
+    pack_turned: attention::pack_turned,
+    attend: attention::attend,
+    divide: attention::divide,
+};
+
 /// Whether CPU and system have it; asks the system for permission, once.
 fn detect() -> bool {
     static GRANTED: OnceLock<bool> = OnceLock::new();
     (avx512vnni::ISA.detect)() && *GRANTED.get_or_init(|| cpu_has_tiles() && state_is_saved() && ask())
 }
 
-/// CPUID leaf 7: AMX-TILE and AMX-INT8.
+/// CPUID leaf 7: AMX-TILE, AMX-INT8 and AMX-BF16, of which no CPU has had one without the others.
 fn cpu_has_tiles() -> bool {
-    let (tile, int8) = (1 << 24, 1 << 25);
-    let leaf = __cpuid_count(7, 0);
-    leaf.edx & tile != 0 && leaf.edx & int8 != 0
+    let all = 1 << 24 | 1 << 25 | 1 << 22;
+    __cpuid_count(7, 0).edx & all == all
 }
 
 /// XCR0: the system saves the tiles' configuration and data for each thread.

@@ -32,6 +32,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         columns,
         float: &FLOAT,
         tiles: None,
+        attention: None,
     },
 };
 

@@ -35,6 +35,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         columns: columns::columns,
         float: &FLOAT,
         tiles: None,
+        attention: None,
     },
 };
 

@@ -24,6 +24,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         columns,
         float: &avx2::FLOAT,
         tiles: None,
+        attention: None,
     },
 };
 
@@ -86,6 +87,7 @@ pub(in crate::kernels) mod evex {
             columns,
             float: &avx2::FLOAT,
             tiles: None,
+            attention: None,
         },
     };
 
