@@ -4,6 +4,9 @@
 pub const BLOCK: usize = 32;
 /// Rows are padded with zeros to a multiple of this, so that kernels need no column tails.
 const PAD: usize = 256;
+/// Columns between rows: the width of a matrix is often a power of two, and rows so far apart would share a few sets of
+/// the caches, which many rows then do not stay in.
+const GAP: usize = 64;
 
 /// Rows of activations: `x ~ scale * q`, a scale (f32) for every 32 columns, and the sum of `q` over
 /// every 16, which turns a weight's zero point and minimum into one multiplication a group.
@@ -11,6 +14,7 @@ const PAD: usize = 256;
 pub struct Activations {
     rows: usize,
     cols: usize,
+    /// Columns from a row's first to the next one's: `padded`, and a gap.
     stride: usize,
     q: Vec<i8>,
     scale: Vec<f32>,
@@ -84,13 +88,18 @@ impl Activations {
 
     /// Makes this `rows x cols`; the contents are to be written anew.
     pub fn reshape(&mut self, rows: usize, cols: usize) {
-        (self.rows, self.cols, self.stride) = (rows, cols, cols.next_multiple_of(PAD));
+        (self.rows, self.cols, self.stride) = (rows, cols, cols.next_multiple_of(PAD) + GAP);
         let n = rows * self.stride;
         if self.q.len() < n {
             self.q.resize(n, 0);
             self.scale.resize(n / BLOCK, 0.0);
             self.sum.resize(n / 16, 0);
         }
+    }
+
+    /// Columns of a row with its padding.
+    fn padded(&self) -> usize {
+        self.cols.next_multiple_of(PAD)
     }
 
     /// Room for more rows behind those there are, which stay.
@@ -112,38 +121,41 @@ impl Activations {
     /// Row `row`.
     pub fn row(&self, row: usize) -> Q8Row<'_> {
         assert!(row < self.rows);
-        let s = self.stride;
+        let (s, n) = (self.stride, self.padded());
         Q8Row {
             cols: self.cols,
-            q: &self.q[row * s..][..s],
-            scale: &self.scale[row * (s / BLOCK)..][..s / BLOCK],
-            sum: &self.sum[row * (s / 16)..][..s / 16],
+            q: &self.q[row * s..][..n],
+            scale: &self.scale[row * (s / BLOCK)..][..n / BLOCK],
+            sum: &self.sum[row * (s / 16)..][..n / 16],
         }
     }
 
     /// Row `row`, to be written by `Kernels::quantize`.
     pub fn row_mut(&mut self, row: usize) -> Q8RowMut<'_> {
         assert!(row < self.rows);
-        let s = self.stride;
+        let (s, n) = (self.stride, self.padded());
         Q8RowMut {
-            q: &mut self.q[row * s..][..s],
-            scale: &mut self.scale[row * (s / BLOCK)..][..s / BLOCK],
-            sum: &mut self.sum[row * (s / 16)..][..s / 16],
+            q: &mut self.q[row * s..][..n],
+            scale: &mut self.scale[row * (s / BLOCK)..][..n / BLOCK],
+            sum: &mut self.sum[row * (s / 16)..][..n / 16],
         }
     }
 
     /// All rows, each a separate mutable view: for quantising in parallel.
     pub fn rows_mut(&mut self) -> impl Iterator<Item = Q8RowMut<'_>> {
-        let s = self.stride.max(PAD);
-        let rows = self.rows;
+        let (s, n, rows) = (self.stride.max(GAP), self.padded(), self.rows);
         let parts =
             self.q.chunks_mut(s).zip(self.scale.chunks_mut(s / BLOCK)).zip(self.sum.chunks_mut(s / 16));
-        parts.take(rows).map(|((q, scale), sum)| Q8RowMut { q, scale, sum })
+        parts.take(rows).map(move |((q, scale), sum)| Q8RowMut {
+            q: &mut q[..n],
+            scale: &mut scale[..n / BLOCK],
+            sum: &mut sum[..n / 16],
+        })
     }
 
     /// Rows `rows` from column `col` (a multiple of 32) on.
     pub fn from_col(&self, rows: std::ops::Range<usize>, col: usize) -> Q8Rows<'_> {
-        assert!(col.is_multiple_of(BLOCK) && col <= self.stride && rows.end <= self.rows);
+        assert!(col.is_multiple_of(BLOCK) && col <= self.padded() && rows.end <= self.rows);
         let first = rows.start * self.stride + col;
         Q8Rows {
             rows: rows.len(),

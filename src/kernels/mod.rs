@@ -26,6 +26,7 @@ pub mod activations;
 mod arm;
 pub mod attention;
 pub mod columns;
+mod fetch;
 pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -45,6 +46,7 @@ use crate::quant;
 use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
+use fetch::fetch;
 pub use peak::sum_of;
 
 /// Weight rows in a [`Panel`].
@@ -221,8 +223,11 @@ impl Kernels {
     ) {
         let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.reshape(ty, cols.len());
-        let bytes = ty.row_bytes(cols.start)..ty.row_bytes(cols.end);
+        let (bytes, after) = (ty.row_bytes(cols.start)..ty.row_bytes(cols.end), ty.row_bytes(cols.len()));
         let (n, groups) = (cols.len(), panel.groups());
+        if cols.start == 0 {
+            weights.chunks_exact(row_bytes).for_each(|row| fetch(&row[bytes.clone()]));
+        }
         let (mut scale, mut min) = ([0f32; PANEL_COLS / 16], [0f32; PANEL_COLS / 16]);
         if rows < PANEL_ROWS {
             panel.plain[..PANEL_ROWS * n].fill(0);
@@ -242,6 +247,8 @@ impl Kernels {
                     &mut min[..groups],
                 )
             };
+            // The row's next columns, for the next panel of these rows.
+            fetch(&row[bytes.end..row_bytes.min(bytes.end + after)]);
             for g in 0..groups {
                 panel.scale[g * PANEL_ROWS + r] = scale[g];
                 panel.min[g * PANEL_ROWS + r] = min[g];

@@ -2,6 +2,7 @@
 //! independent sums as hide its latency. What `gemm` reaches is to be judged by it.
 
 use super::Kernels;
+use super::fetch::fetch;
 
 /// Words of a cache line, and lines that [`sum_of`] asks for early: so many that memory always has some to bring.
 const LINE: usize = 8;
@@ -15,31 +16,13 @@ pub fn sum_of(words: &[u64]) -> u64 {
     let mut sums = [0u64; 64];
     for (i, block) in blocks.iter().enumerate() {
         let ahead = words.get((i * 64 + AHEAD * LINE)..).unwrap_or_default();
-        for line in ahead.chunks(LINE).take(64 / LINE) {
-            fetch(line);
-        }
+        fetch(bytemuck::cast_slice(&ahead[..ahead.len().min(64)]));
         for (sum, word) in sums.iter_mut().zip(block) {
             *sum = sum.wrapping_add(*word);
         }
     }
     sums.iter().chain(rest).fold(0, |sum, word| sum.wrapping_add(*word))
 }
-
-/// Asks for the line of the first word.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn fetch(words: &[u64]) {
-    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    #[allow(unused_unsafe)] // an unsafe function for older compilers
-    // SAFETY: a prefetch never faults.
-    unsafe {
-        _mm_prefetch::<_MM_HINT_T1>(words.as_ptr().cast())
-    };
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-fn fetch(_: &[u64]) {}
 
 /// A burst of `rounds`; the sum that it returns keeps the compiler from leaving work out.
 type Burst = unsafe fn(rounds: usize) -> i32;

@@ -126,12 +126,13 @@ pub fn matmul_swiglu(
         std::mem::swap(&mut scratch.acc, &mut scratch.up);
         product(on, &gate, tile.cols(), x, scratch);
         let n = tile.cols().len();
-        for part in parts(x, n) {
-            for t in tile.rows() {
+        for t in tile.rows() {
+            let row = tile.row(t);
+            for part in parts(x, n) {
                 let at = part.sums(t);
                 let gate = &mut scratch.acc[at.clone()];
                 on.kernels.silu_mul(gate, &scratch.up[at]);
-                copy(&mut tile.row(t)[part.cols.clone()], gate);
+                copy(&mut row[part.cols.clone()], gate);
             }
         }
     });
@@ -183,13 +184,14 @@ fn copy(to: &mut [f32], from: &[f32]) {
     }
 }
 
-/// Stores the sums of `n` outputs, which are the tile's from its column `at` on.
+/// Stores the sums of `n` outputs, which are the tile's from its column `at` on: row by row, so that memory is written in
+/// long runs.
 fn store(x: &Inputs, tile: &mut Tile<'_, f32>, at: usize, n: usize, epilogue: Epilogue<'_>, acc: &[f32]) {
     let first = tile.cols().start + at;
-    for part in parts(x, n) {
-        let to = at + part.cols.start..at + part.cols.end;
-        for t in tile.rows() {
-            let (out, acc) = (&mut tile.row(t)[to.clone()], &acc[part.sums(t)]);
+    for t in tile.rows() {
+        let row = &mut tile.row(t)[at..at + n];
+        for part in parts(x, n) {
+            let (out, acc) = (&mut row[part.cols.clone()], &acc[part.sums(t)]);
             match epilogue {
                 Epilogue::Store | Epilogue::Bias([]) => copy(out, acc),
                 Epilogue::Bias(bias) => {
