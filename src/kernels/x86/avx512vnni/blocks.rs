@@ -5,6 +5,8 @@
 //! which several rows share, into that order. Scales come for as many rows as fill a register ([`Scales`]): taking them
 //! out of their blocks and widening them costs as much for one row as for all.
 
+#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
+
 use std::arch::x86_64::*;
 
 use crate::kernels::x86::{IQ4_VALUES, part, scales_mins_k4, scales_q3_k, word};

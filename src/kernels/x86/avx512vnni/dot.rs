@@ -1,6 +1,8 @@
 //! One token: dot products of weight rows, read in place, with one row of activations; and the
 //! unpacking of rows for `gemm`, from the same block readers.
 
+#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
+
 use std::arch::x86_64::*;
 
 use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
@@ -378,7 +380,7 @@ macro_rules! dot_rows {
                 let mut first = 0;
                 while first < R {
                     let mut together = [rows[first]; $together];
-                    for i in 1..$together {
+                    for i in 0..$together {
                         together[i] = rows[(first + i).min(R - 1)];
                     }
                     let w: Scales = $scales(together);

@@ -1,5 +1,7 @@
 //! Many tokens: a panel of 32 unpacked weight rows times blocks of activations.
 
+#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
+
 use std::arch::asm;
 use std::arch::x86_64::*;
 
