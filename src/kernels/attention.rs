@@ -14,7 +14,7 @@
 //! it writes is an operand of the second product as it is.
 //!
 //! # Layout
-//! The unit adds up products of 32 numbers. An [`Operand`] has 32 numbers of 32 rows (or columns), a step of a longer
+//! The unit adds up products of 32 numbers. An operand has 32 numbers of 32 rows (or columns), a step of a longer
 //! sum. Number `i` of the 32 is paired with number `16 + i`: any order will do if both operands have it, and this one
 //! needs no shuffles. A left operand has its rows one after the other, 16 pairs each, a right one pair `i` of
 //! its columns in row `i`.

@@ -124,7 +124,7 @@ pub struct Line {
     pub bytes_skipped: f64,
     /// The task's measures, by name, as far as there are values.
     pub measures: BTreeMap<&'static str, Estimate>,
-    /// [`Task::changed`] less the full model's on the same items.
+    /// What the task compares by, less the full model's on the same items.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub change: Option<Estimate>,
     /// Judgments that could not be parsed.
