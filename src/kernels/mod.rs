@@ -48,7 +48,7 @@ use crate::quant;
 use crate::quant::columns::ColumnStrip;
 pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
-use fetch::fetch;
+use fetch::PanelBytes;
 pub use peak::sum_of;
 
 /// Weight rows in a [`Panel`].
@@ -225,11 +225,9 @@ impl Kernels {
     ) {
         let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.reshape(ty, cols.len());
-        let (bytes, after) = (ty.row_bytes(cols.start)..ty.row_bytes(cols.end), ty.row_bytes(cols.len()));
+        let bytes = PanelBytes::new(ty, &cols, row_bytes);
         let (n, groups) = (cols.len(), panel.groups());
-        if cols.start == 0 {
-            weights.chunks_exact(row_bytes).for_each(|row| fetch(&row[bytes.clone()]));
-        }
+        bytes.fetch_first(weights.chunks_exact(row_bytes));
         let (mut scale, mut min) = ([0f32; PANEL_COLS / 16], [0f32; PANEL_COLS / 16]);
         if rows < PANEL_ROWS {
             panel.plain[..PANEL_ROWS * n].fill(0);
@@ -243,14 +241,13 @@ impl Kernels {
             unsafe {
                 (self.isa.functions.unpack)(
                     ty,
-                    &row[bytes.clone()],
+                    &row[bytes.now.clone()],
                     q,
                     &mut scale[..groups],
                     &mut min[..groups],
                 )
             };
-            // The row's next columns, for the next panel of these rows.
-            fetch(&row[bytes.end..row_bytes.min(bytes.end + after)]);
+            bytes.fetch_next(row);
             for g in 0..groups {
                 panel.scale[g * PANEL_ROWS + r] = scale[g];
                 panel.min[g * PANEL_ROWS + r] = min[g];

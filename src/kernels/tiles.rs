@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 
+use super::fetch::PanelBytes;
 use super::{Kernels, PANEL_COLS, PANEL_ROWS, panel_rows};
 use crate::gguf::GgmlType;
 use crate::quant;
@@ -47,8 +48,6 @@ pub(super) struct Functions {
     pub pack: unsafe fn(values: &[f32], cols: usize, tiles: &mut [Tile], scale: &mut [f32]),
     /// The unpacked rows of a panel to rows from `first` on.
     pub widen: unsafe fn(Form, rows: usize, first: usize, &mut TilePanel),
-    /// Asks for bytes that are to be unpacked soon.
-    pub fetch: unsafe fn(&[u8]),
     pub multiply: unsafe fn(&TilePanel, &TileInputs, chunk: usize, acc: &mut [f32]),
     /// `[row][token]` to `[token][row]`, for each 16 tokens by [`PANEL_ROWS`].
     pub turn: unsafe fn(&mut [f32]),
@@ -257,7 +256,7 @@ impl Kernels {
     ) {
         let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.cols = cols.len();
-        let (bytes, after) = (ty.row_bytes(cols.start)..ty.row_bytes(cols.end), ty.row_bytes(cols.len()));
+        let bytes = PanelBytes::new(ty, &cols, row_bytes);
         let form = Form {
             cols: cols.len(),
             group_len: quant::group_len(ty),
@@ -266,21 +265,15 @@ impl Kernels {
         };
         let (n, groups) = (form.cols, form.cols / form.group_len);
         let tile_functions = self.tile_functions();
-        let fetch = |bytes: &[u8]| {
-            // SAFETY: the handle proves the ISA.
-            unsafe { (tile_functions.fetch)(bytes) }
-        };
-        if cols.start == 0 {
-            weights.chunks_exact(row_bytes).for_each(|row| fetch(&row[bytes.clone()]));
-        }
+        bytes.fetch_first(weights.chunks_exact(row_bytes));
         for (i, part) in weights.chunks(UNPACKED * row_bytes).enumerate() {
             for (r, row) in part.chunks_exact(row_bytes).enumerate() {
                 let u = &mut panel.unpacked;
                 let (q, scale, min) = (&mut u.q[r][..n], &mut u.scale[r][..groups], &mut u.min[r][..groups]);
                 // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each weight and group
                 // of the blocks.
-                unsafe { (self.isa.functions.unpack)(ty, &row[bytes.clone()], q, scale, min) };
-                fetch(&row[bytes.end..row_bytes.min(bytes.end + after)]);
+                unsafe { (self.isa.functions.unpack)(ty, &row[bytes.now.clone()], q, scale, min) };
+                bytes.fetch_next(row);
             }
             // SAFETY: the handle proves the ISA; the panel has room for `PANEL_COLS` columns of `PANEL_ROWS` rows.
             unsafe { (tile_functions.widen)(form, part.len() / row_bytes, i * UNPACKED, panel) };
@@ -319,7 +312,7 @@ impl Kernels {
 pub(super) mod reference {
     use super::*;
 
-    pub static FUNCTIONS: Functions = Functions { pack, widen, fetch, multiply, turn };
+    pub static FUNCTIONS: Functions = Functions { pack, widen, multiply, turn };
 
     /// `256 * high + low`, both signed.
     fn planes(v: i32) -> [i8; 2] {
@@ -375,8 +368,6 @@ pub(super) mod reference {
             }
         }
     }
-
-    fn fetch(_: &[u8]) {}
 
     fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mut [f32]) {
         for (group, acc) in acc.chunks_exact_mut(TILE * PANEL_ROWS).enumerate() {

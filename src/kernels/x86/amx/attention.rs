@@ -356,7 +356,7 @@ fn multiply<const ADD: bool>(
         if ADD {
             load_sums(sums);
         } else {
-            super::gemm::zero();
+            super::zero_sums();
         }
         for (left, right) in left.iter().zip(right) {
             high_products(left, right);
@@ -364,7 +364,7 @@ fn multiply<const ADD: bool>(
             low_products(left, right);
             meanwhile();
         }
-        store_sums(sums);
+        super::store_sums(sums);
     }
 }
 
@@ -447,26 +447,6 @@ unsafe fn low_products(left: &Operand, right: &Operand) {
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags, readonly),
-        );
-    }
-}
-
-/// Writes `tmm0` to `tmm3`.
-///
-/// # Safety
-/// * The CPU has AMX, and this thread's tiles are configured.
-#[inline(always)]
-unsafe fn store_sums(sums: &mut Square) {
-    // SAFETY: as the caller says; four tiles of 1024 bytes are written.
-    unsafe {
-        asm!(
-            "tilestored [{sums} + {stride}*1], tmm0",
-            "tilestored [{sums} + {stride}*1 + 1024], tmm1",
-            "tilestored [{sums} + {stride}*1 + 2048], tmm2",
-            "tilestored [{sums} + {stride}*1 + 3072], tmm3",
-            sums = in(reg) &raw mut *sums,
-            stride = in(reg) 64usize,
-            options(nostack, preserves_flags),
         );
     }
 }

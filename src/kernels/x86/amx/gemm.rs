@@ -27,7 +27,7 @@ pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mu
         let (tiles, scale) = x.part(group, chunk);
         assert!(tiles.len() == 2 * steps && 4 * steps <= panel.tiles.len());
         // SAFETY: the thread's tiles have their shapes.
-        unsafe { zero() };
+        unsafe { super::zero_sums() };
         for (s, x) in tiles.chunks_exact(2).enumerate() {
             let w = &panel.tiles[4 * s..4 * s + 4];
             // SAFETY: as above; four tiles of weights and two of activations follow the pointers.
@@ -40,29 +40,13 @@ pub(super) fn multiply(panel: &TilePanel, x: &TileInputs, chunk: usize, acc: &mu
             }
         }
         // SAFETY: as above; `sums` has room for four tiles.
-        unsafe { store(&mut sums) };
+        unsafe { super::store_sums(&mut sums) };
         before = Some((acc, scale));
     }
     if let Some((acc, scale)) = before {
         for row in 0..PANEL_ROWS {
             add_row(&sums, panel, scale, row, acc);
         }
-    }
-}
-
-/// Sums of nothing.
-///
-/// # Safety
-/// * The CPU has AMX, and this thread's tiles are configured.
-#[inline(always)]
-pub(super) unsafe fn zero() {
-    // SAFETY: as the caller says; only tiles are changed.
-    unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            options(nostack, preserves_flags, nomem),
-        );
     }
 }
 
@@ -97,26 +81,6 @@ unsafe fn step(w: *const Tile, x: *const Tile) {
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags, readonly),
-        );
-    }
-}
-
-/// Writes the sums.
-///
-/// # Safety
-/// * The CPU has AMX, and this thread's tiles are configured.
-#[inline(always)]
-unsafe fn store(sums: &mut Sums) {
-    // SAFETY: as the caller says; four tiles of 1024 bytes fit `sums`.
-    unsafe {
-        asm!(
-            "tilestored [{sums} + {stride}*1], tmm0",
-            "tilestored [{sums} + {stride}*1 + 1024], tmm1",
-            "tilestored [{sums} + {stride}*1 + 2048], tmm2",
-            "tilestored [{sums} + {stride}*1 + 3072], tmm3",
-            sums = in(reg) &raw mut *sums,
-            stride = in(reg) 64usize,
-            options(nostack, preserves_flags),
         );
     }
 }

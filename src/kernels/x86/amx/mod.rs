@@ -23,13 +23,8 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions { tiles: Some(&TILES), attention: Some(&ATTENTION), ..avx512vnni::ISA.functions },
 };
 
-static TILES: tiles::Functions = tiles::Functions {
-    pack: pack::pack,
-    widen: pack::widen,
-    fetch: pack::fetch,
-    multiply: gemm::multiply,
-    turn: gemm::turn,
-};
+static TILES: tiles::Functions =
+    tiles::Functions { pack: pack::pack, widen: pack::widen, multiply: gemm::multiply, turn: gemm::turn };
 
 static ATTENTION: kernels::attention::Functions = kernels::attention::Functions {
     pack_rows: attention::pack_rows,
@@ -115,6 +110,44 @@ unsafe fn configure() {
         unsafe {
             asm!("ldtilecfg [{}]", in(reg) &raw const SHAPES, options(nostack, preserves_flags, readonly));
         }
+    }
+}
+
+/// Sets the four sums, `tmm0` to `tmm3`, to zero.
+///
+/// # Safety
+/// * The CPU has AMX, and this thread's tiles are configured.
+#[inline(always)]
+unsafe fn zero_sums() {
+    // SAFETY: as the caller says; only tiles are changed.
+    unsafe {
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            options(nostack, preserves_flags, nomem),
+        );
+    }
+}
+
+/// Writes the four sums, `tmm0` to `tmm3`, one behind the other.
+///
+/// # Safety
+/// * The CPU has AMX, and this thread's tiles are configured.
+/// * `T` is four tiles of 1024 bytes, for which any bits will do.
+#[inline(always)]
+unsafe fn store_sums<T>(to: &mut T) {
+    const { assert!(size_of::<T>() == 4096) };
+    // SAFETY: as the caller says; 4096 bytes are written.
+    unsafe {
+        asm!(
+            "tilestored [{to} + {stride}*1], tmm0",
+            "tilestored [{to} + {stride}*1 + 1024], tmm1",
+            "tilestored [{to} + {stride}*1 + 2048], tmm2",
+            "tilestored [{to} + {stride}*1 + 3072], tmm3",
+            to = in(reg) &raw mut *to,
+            stride = in(reg) 64usize,
+            options(nostack, preserves_flags),
+        );
     }
 }
 

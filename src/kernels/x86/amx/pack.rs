@@ -189,11 +189,3 @@ fn words(v: [__m512; 2], by: f32) -> __m512i {
     let high = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(v[1], by)));
     _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
 }
-
-/// Asks for `bytes`, into L2: while they come, a panel is multiplied, which fills L1.
-#[target_feature(enable = "avx512f")]
-pub(super) fn fetch(bytes: &[u8]) {
-    for line in bytes.chunks(64) {
-        _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
-    }
-}

@@ -311,10 +311,10 @@ impl<const T: usize> Sums<T> {
 
     #[inline]
     #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-    fn total<const TOGETHER: usize>(mut self) -> [[f32; ROWS]; T] {
+    fn total<const TOGETHER: usize, const MIN: bool>(mut self) -> [[f32; ROWS]; T] {
         let mut totals = [[0f32; ROWS]; T];
         for t in 0..T {
-            if TOGETHER > 1 {
+            if MIN && TOGETHER > 1 {
                 for r in 0..ROWS {
                     // To the same lanes whatever the row's number is, so that it does not change how sums are rounded.
                     let n = 16 / TOGETHER;
@@ -454,7 +454,7 @@ macro_rules! dot_rows {
                     }
                     add(step, &acts, w.as_ptr(), &mut sums);
                 }
-                sums.total::<$together>()
+                sums.total::<$together, $min>()
             }
             let (n, mut done) = (out[0].len(), 0);
             while done < n {
