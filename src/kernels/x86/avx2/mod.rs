@@ -4,18 +4,18 @@
 //!
 //! `avxvnni` is compiled from the same source with another `multiply`.
 
-pub(super) mod blocks;
+mod blocks;
 pub(super) mod columns;
 pub(super) mod dot;
 pub(super) mod gemm;
+pub(super) mod unpack;
 
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::gguf::GgmlType;
 use crate::kernels::columns::Chosen;
 use crate::kernels::float::instantiate;
-use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::kernels::{Functions, Isa, Panel, Q8Rows};
 use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
@@ -24,9 +24,9 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     detect,
     functions: Functions {
         quantize,
-        dot,
-        dot_tokens: None,
-        unpack: dot::unpack,
+        dot: dot::dot,
+        dot_tokens: Some(dot::dot_tokens),
+        unpack: unpack::unpack,
         interleave: gemm::interleave,
         gemm,
         columns,
@@ -41,7 +41,6 @@ pub(super) fn detect() -> bool {
     is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
 }
 
-dot::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 columns::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 gemm::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 

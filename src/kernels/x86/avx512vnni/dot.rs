@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 
 use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
 use crate::gguf::GgmlType;
+use crate::kernels::x86::each_four_tokens;
 use crate::kernels::{Activations, Q8Row};
 
 /// Rows that go through the blocks together: they share the activations' rearrangement, and their
@@ -540,34 +541,10 @@ pub(super) fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, 
     tokens(ty, weights, row_bytes, &[x], [out]);
 }
 
-/// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens, whose sums and those of
-/// four rows fill half of the registers.
+/// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn dot_tokens(ty: GgmlType, weights: &[u8], row_bytes: usize, x: &Activations, out: &mut [f32]) {
-    let n = weights.len() / row_bytes;
-    let (mut t, mut rest) = (0, out);
-    while t < x.rows() {
-        match x.rows() - t {
-            1 => {
-                tokens(ty, weights, row_bytes, &[x.row(t)], [&mut rest[..n]]);
-                return;
-            }
-            2 | 3 => {
-                let (now, later) = rest.split_at_mut(2 * n);
-                let (a, b) = now.split_at_mut(n);
-                tokens(ty, weights, row_bytes, &[x.row(t), x.row(t + 1)], [a, b]);
-                (t, rest) = (t + 2, later);
-            }
-            _ => {
-                let (now, later) = rest.split_at_mut(4 * n);
-                let (ab, cd) = now.split_at_mut(2 * n);
-                let ((a, b), (c, d)) = (ab.split_at_mut(n), cd.split_at_mut(n));
-                let four = [x.row(t), x.row(t + 1), x.row(t + 2), x.row(t + 3)];
-                tokens(ty, weights, row_bytes, &four, [a, b, c, d]);
-                (t, rest) = (t + 4, later);
-            }
-        }
-    }
+    each_four_tokens!(tokens, ty, weights, row_bytes, x, out);
 }
 
 #[inline]

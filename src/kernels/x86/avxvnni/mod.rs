@@ -4,10 +4,9 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::gguf::GgmlType;
 use crate::kernels::columns::Chosen;
 use crate::kernels::x86::avx2;
-use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::kernels::{Functions, Isa, Panel, Q8Rows};
 use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
@@ -16,9 +15,9 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     detect: || avx2::detect() && is_x86_feature_detected!("avxvnni"),
     functions: Functions {
         quantize: avx2::quantize,
-        dot,
-        dot_tokens: None,
-        unpack: avx2::dot::unpack,
+        dot: avx2::dot::dot,
+        dot_tokens: Some(avx2::dot::dot_tokens),
+        unpack: avx2::unpack::unpack,
         interleave: avx2::gemm::interleave,
         gemm,
         columns,
@@ -28,7 +27,6 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     },
 };
 
-avx2::dot::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 avx2::columns::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 avx2::gemm::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 
@@ -79,9 +77,9 @@ pub(in crate::kernels) mod evex {
         },
         functions: Functions {
             quantize: avx2::quantize,
-            dot,
-            dot_tokens: None,
-            unpack: avx2::dot::unpack,
+            dot: avx2::dot::dot,
+            dot_tokens: Some(avx2::dot::dot_tokens),
+            unpack: avx2::unpack::unpack,
             interleave: avx2::gemm::interleave,
             gemm,
             columns,
@@ -91,7 +89,6 @@ pub(in crate::kernels) mod evex {
         },
     };
 
-    avx2::dot::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
     avx2::columns::instantiate!(
         "avx2,fma,f16c,avx512vl,avx512vnni",
         crate::kernels::x86::avxvnni::evex::dpbusd
