@@ -3,6 +3,8 @@
 //! That gives the sums of 64 outputs, or of 32 where codes have 8 bits, in registers of eight. With `maddubs` products
 //! are added up in 16 bits over a *run* of bundles, as many as fit; see `gemm`.
 
+#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
+
 use std::arch::x86_64::*;
 
 use crate::kernels::x86::columns::Group;
@@ -10,6 +12,8 @@ use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
 /// How the high bits of a tile are brought above the nibbles.
 pub(in crate::kernels::x86) struct High {
+    /// Bits of a code's high part.
+    bits: usize,
     /// Bytes of a column in a tile: 64, 32 or 16.
     bytes: usize,
     /// `[half][sum register of a quarter]`: how far to shift left, and right.
@@ -25,7 +29,7 @@ impl High {
     pub fn new(strip: &ColumnStrip<'_>, outputs: usize) -> Self {
         let mut shifts = [[[_mm256_setzero_si256(); 2]; 4]; 2];
         let Codes::Nibbles { high: high @ 1.. } = strip.codes else {
-            return Self { bytes: 0, shifts, mask: _mm256_setzero_si256() };
+            return Self { bits: 0, bytes: 0, shifts, mask: _mm256_setzero_si256() };
         };
         // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
         let bytes = outputs * high / 8;
@@ -41,7 +45,13 @@ impl High {
                 *shifts = [load_lanes(&left), load_lanes(&right)];
             }
         }
-        Self { bytes, shifts, mask: _mm256_set1_epi8(((1 << high) - 1) << 4) }
+        Self { bits: high, bytes, shifts, mask: _mm256_set1_epi8(((1 << high) - 1) << 4) }
+    }
+
+    /// Where those of a tile begin in a column.
+    #[inline(always)]
+    pub fn at(&self, strip: &ColumnStrip<'_>, tile: usize) -> usize {
+        strip.low_bytes + tile * TILE * self.bits / 8
     }
 
     /// Those that belong to sum register `f` of a quarter, above nibbles.
@@ -112,9 +122,9 @@ pub(in crate::kernels::x86) fn add_group<const N: usize>(
     let strip = group.strip;
     let (scale, zero) = (_mm256_set1_ps(group.scale), _mm256_set1_ps(strip.zeros[0]));
     let sum = _mm256_set1_ps(group.sum);
-    for (a, &dot) in dots.iter().enumerate() {
+    for a in 0..N {
         let at = at + 16 * a;
-        let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dot));
+        let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dots[a]));
         let factor = _mm256_sub_ps(codes(group.bytes, at), zero);
         let mut total = _mm256_fmadd_ps(factor, dot, load(out, at - group.first));
         if strip.has_min {
@@ -158,7 +168,7 @@ fn load_lanes(lanes: &[i32; 8]) -> __m256i {
 }
 
 /// Which of the tile's lines a half line is in, and its byte of the high part: `(line of the tile, tile)`.
-#[inline]
+#[inline(always)]
 pub(in crate::kernels::x86) fn line_of(half_line: usize) -> (usize, usize) {
     const LINES: usize = TILE / 2 / 64;
     (half_line / 2 % LINES, half_line / 2 / LINES)
@@ -181,6 +191,7 @@ macro_rules! instantiate {
 
             /// Whether codes are multiplied by the sign trick of `dot`, their zero point of 128 taken off: those of 8
             /// bits, where they do not fit unsigned.
+            #[inline(always)]
             const fn is_signed(kind: u8) -> bool {
                 multiply::MAX < 255 && matches!(kind, BYTES | TABLE)
             }
@@ -218,22 +229,23 @@ macro_rules! instantiate {
                 next: &mut Fetch<'_>,
                 out: &mut [f32],
             ) {
-                let strip = group.strip;
                 let start = if is_signed(KIND) { 0 } else { group.start };
                 let mut dots = [_mm256_set1_epi32(start); N];
-                let columns = &group.columns[..group.bundles.len()];
-                for (bundles, columns) in group.bundles.chunks(RUN).zip(columns.chunks(RUN)) {
+                let (n, mut at) = (group.bundles.len(), 0);
+                while at < n {
                     let mut sums = dots;
-                    for sum in &mut sums {
-                        *sum = multiply::open(*sum);
+                    for k in 0..N {
+                        sums[k] = multiply::open(dots[k]);
                     }
-                    for (bundle, columns) in bundles.iter().zip(columns) {
+                    let end = n.min(at + RUN);
+                    while at < end {
                         next.step();
-                        let acts = _mm256_set1_epi32(bundle.acts as i32);
-                        add_bundle::<KIND, N>(strip, columns, index, high, acts, &mut sums);
+                        let acts = _mm256_set1_epi32(group.bundles[at].acts as i32);
+                        add_bundle::<KIND, N>(group, &group.columns[at], index, high, acts, &mut sums);
+                        at += 1;
                     }
-                    for (dot, sum) in dots.iter_mut().zip(sums) {
-                        *dot = multiply::close(*dot, sum);
+                    for k in 0..N {
+                        dots[k] = multiply::close(dots[k], sums[k]);
                     }
                 }
                 add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, out);
@@ -242,9 +254,8 @@ macro_rules! instantiate {
             /// `sums += codes * activations` for the four columns of a bundle.
             #[inline]
             #[target_feature(enable = $features)]
-            #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
             fn add_bundle<const KIND: u8, const N: usize>(
-                strip: &ColumnStrip<'_>,
+                group: &Group<'_>,
                 columns: &[*const u8; 4],
                 index: usize,
                 high: &High,
@@ -260,12 +271,10 @@ macro_rules! instantiate {
                 }
                 let nibble = _mm256_set1_epi8(15);
                 let (line, tile) = line_of(index);
-                let top = match strip.codes {
-                    Codes::Nibbles { high: bits } if KIND == NIBBLES_AND_HIGH => {
-                        high.quarters(columns, strip.low_bytes + tile * TILE * bits / 8, index % 2)
-                    }
-                    _ => [nibble; 4],
-                };
+                let mut top = [nibble; 4];
+                if KIND == NIBBLES_AND_HIGH {
+                    top = high.quarters(columns, high.at(group.strip, tile), index % 2);
+                }
                 for k in 0..4 {
                     let x = quarters[k];
                     let mut even = _mm256_and_si256(x, nibble);
