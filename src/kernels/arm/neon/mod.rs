@@ -4,15 +4,19 @@
 //! `dotprod` is compiled from the same source with another `multiply`.
 
 pub(super) mod blocks;
+pub(super) mod columns;
 pub(super) mod dot;
 pub(super) mod gemm;
 
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::ops::Range;
 
 use crate::gguf::GgmlType;
+use crate::kernels::columns::Chosen;
 use crate::kernels::float::instantiate;
 use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "neon",
@@ -25,7 +29,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns,
         float: &FLOAT,
         tiles: None,
         attention: None,
@@ -33,6 +37,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
 };
 
 dot::instantiate!("neon", crate::kernels::arm::neon::widening);
+columns::instantiate!("neon", crate::kernels::arm::neon::widening);
 gemm::instantiate!("neon", crate::kernels::arm::neon::widening);
 
 /// Byte products by way of 16-bit sums. Weights are -128..=127, activations -127..=127.
@@ -61,6 +66,8 @@ mod widening {
     pub const QUADS: usize = 2;
     /// Tokens in it: 16 sums of 16 bits, of 32 registers.
     pub const TOKENS: usize = 4;
+    /// Lanes in that of `columns`: 8 codes each, and for them 16 sums of 16 bits.
+    pub const LANES: usize = 1;
 
     /// Sums of pairs of columns: rows 0 and 1, rows 2 and 3.
     pub type Sum = [int32x4_t; 2];
