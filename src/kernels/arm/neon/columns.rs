@@ -79,13 +79,13 @@ pub(in crate::kernels::arm) fn codes<const KIND: u8, const N: usize>(
             codes[k] = vreinterpretq_s8_u8(veorq_u8(low[k], vdupq_n_u8(0x80)));
             continue;
         }
-        let nibbles = [vandq_u8(low[k], vdupq_n_u8(15)), vshrq_n_u8::<4>(low[k])];
+        let mut nibbles = [vandq_u8(low[k], vdupq_n_u8(15)), vshrq_n_u8::<4>(low[k])];
         for f in 0..2 {
+            if KIND == NIBBLES_AND_HIGH {
+                let moved = vshlq_u8(high[k], lane.shifts[f]);
+                nibbles[f] = vorrq_u8(nibbles[f], vandq_u8(moved, lane.mask));
+            }
             codes[2 * k + f] = match KIND {
-                NIBBLES_AND_HIGH => {
-                    let moved = vshlq_u8(high[k], lane.shifts[f]);
-                    vreinterpretq_s8_u8(vbslq_u8(lane.mask, moved, nibbles[f]))
-                }
                 TABLE => vqtbl1q_s8(table(), nibbles[f]),
                 _ => vreinterpretq_s8_u8(nibbles[f]),
             };
