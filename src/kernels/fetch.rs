@@ -32,20 +32,33 @@ impl PanelBytes {
     }
 }
 
-/// Asks for `bytes`, into L2: what is computed while they come fills L1.
-#[cfg(target_arch = "x86_64")]
+/// Bytes of a cache line.
+pub(super) const LINE: usize = 64;
+
+/// Asks for `bytes`.
 #[inline(always)]
 pub(super) fn fetch(bytes: &[u8]) {
-    use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-    for line in bytes.chunks(64) {
-        #[allow(unused_unsafe)] // an unsafe function for older compilers
-        // SAFETY: a prefetch never faults.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast())
-        };
+    for line in bytes.chunks(LINE) {
+        fetch_line(line.as_ptr());
     }
 }
 
-#[cfg(not(target_arch = "x86_64"))]
+/// Asks for the line of the byte at `at`, wherever that is. Into L2: what is computed while it comes fills L1, and a
+/// core can have more lines on their way to L2.
 #[inline(always)]
-pub(super) fn fetch(_: &[u8]) {}
+pub(super) fn fetch_line(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe)] // an unsafe function for older compilers
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(at.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a prefetch never faults, and changes nothing that the program sees.
+    unsafe {
+        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+    }
+    #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+    let _ = at;
+}

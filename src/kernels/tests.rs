@@ -2,7 +2,7 @@
 
 use super::float::Rows;
 use super::*;
-use crate::quant::columns::{ColumnLayout, ColumnStrip, Touched};
+use crate::quant::columns::{ColumnLayout, ColumnStrip, TILE, Touched};
 use crate::quant::{is_quantised, quantize_row};
 
 /// A small generator: tests need no better, and the same numbers every time.
@@ -202,11 +202,10 @@ fn by_columns(
     out
 }
 
-fn magnitude_of_mins(strip: ColumnStrip<'_>, acts: &Activations, o: usize) -> f32 {
+fn magnitude_of_mins(strip: ColumnStrip<'_>, x: Q8Row<'_>, o: usize) -> f32 {
     if !strip.has_min {
         return 0.0;
     }
-    let x = acts.row(0);
     let all: f32 = x.q[..x.cols].iter().enumerate().map(|(i, &q)| x.scale[i / 32] * f32::from(q).abs()).sum();
     all * (strip.head(0, o) * strip.head(1, o)).abs() * (255.0 + strip.zeros[1])
 }
@@ -215,31 +214,34 @@ fn magnitude_of_mins(strip: ColumnStrip<'_>, acts: &Activations, o: usize) -> f3
 fn products_with_chosen_columns_equal_scalar() {
     let mut rng = Rng(23);
     let mut failures = Vec::new();
-    for k in kernels_under_test() {
-        for ty in quantised_types() {
-            for (outputs, blocks) in [(1, 1), (100, 3), (128, 5), (129, 1), (200, 2), (256, 9), (700, 3)] {
-                let cols = blocks * ty.block_len();
-                let rows = weights(&mut rng, ty, outputs, cols);
-                let matrix = quant::Matrix::new(ty, outputs, cols, &rows).unwrap();
-                let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
-                let (heads, bytes) = quant::columns::packed(&layout, &matrix, 0);
-                let view = layout.view(0, &heads, &bytes);
-                for keep in [0, 1, 2, 5, 40] {
-                    let acts = sparse(&mut rng, cols, keep);
-                    let mut list = ColumnList::default();
-                    list.choose(acts.row(0), layout.group_len());
-                    let all = layout.groups();
-                    for (groups, part) in
-                        [(0..all, 8192), (0..all, 256), (all / 3..all, 8192), (0..all / 2, 512)]
+    for ty in quantised_types() {
+        for (outputs, blocks) in [(1, 1), (100, 3), (128, 5), (129, 1), (200, 2), (256, 9), (600, 3)] {
+            let cols = blocks * ty.block_len();
+            let rows = weights(&mut rng, ty, outputs, cols);
+            let matrix = quant::Matrix::new(ty, outputs, cols, &rows).unwrap();
+            let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+            let (heads, bytes) = quant::columns::packed(&layout, &matrix, 0);
+            let view = layout.view(0, &heads, &bytes);
+            for keep in [0, 1, 2, 5, 40] {
+                let acts = sparse(&mut rng, cols, keep);
+                let mut list = ColumnList::default();
+                list.choose(acts.row(0), layout.group_len());
+                // Mins and their zeros are added up apart, and are larger than their difference.
+                let size_of =
+                    |(o, row)| magnitude(ty, row, acts.row(0)) + magnitude_of_mins(view, acts.row(0), o);
+                let sizes: Vec<_> = rows.chunks(ty.row_bytes(cols)).enumerate().map(size_of).collect();
+                let all = layout.groups();
+                for (groups, parts) in
+                    [(0..all, [8192, 256]), (all / 3..all, [8192, 512]), (0..all / 2, [8192, 512])]
+                {
+                    let want = by_columns(scalar(), view, &list, groups.clone(), 8192);
+                    for (k, part) in
+                        kernels_under_test().into_iter().flat_map(|k| parts.map(|part| (k, part)))
                     {
                         let got = by_columns(k, view, &list, groups.clone(), part);
-                        let want = by_columns(scalar(), view, &list, groups.clone(), 8192);
                         for o in 0..outputs {
-                            let row = &rows[o * ty.row_bytes(cols)..][..ty.row_bytes(cols)];
-                            // Mins and their zeros are added up apart, and are larger than their difference.
-                            let size = magnitude(ty, row, acts.row(0)) + magnitude_of_mins(view, &acts, o);
-                            let size = if groups == (0..all) { size } else { size / view.head(0, o).abs() };
-                            if !close(got[o], want[o], size) {
+                            let factor = if groups == (0..all) { 1.0 } else { view.head(0, o).abs() };
+                            if !close(got[o], want[o], sizes[o] / factor) {
                                 failures.push(format!(
                                     "{} {ty} {outputs}x{cols} 1/{keep} {groups:?} output {o}: {} {}",
                                     k.name(),
@@ -741,6 +743,41 @@ fn selection_names_what_is_wrong() {
     assert_eq!(Kernels::select(Some("scalar")).unwrap().name(), "scalar");
 }
 
+/// A row all of whose bytes are `fill` but for the 16-bit floats, for which a quantised row is the pattern.
+fn extreme_row(ty: GgmlType, cols: usize, fill: u8) -> Vec<u8> {
+    let mut row = vec![0; ty.row_bytes(cols)];
+    let ramp: Vec<f32> = (0..cols).map(|i| (i % 32) as f32 - 15.5).collect();
+    quantize_row(ty, &ramp, &mut row);
+    let floats: &[usize] = match ty {
+        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 1, 2, 3],
+        GgmlType::Q2_K => &[80, 81, 82, 83],
+        GgmlType::Q3_K => &[108, 109],
+        GgmlType::Q6_K => &[208, 209],
+        _ => &[0, 1],
+    };
+    for block in row.chunks_exact_mut(ty.block_bytes()) {
+        for (i, b) in block.iter_mut().enumerate() {
+            if !floats.contains(&i) {
+                *b = fill;
+            }
+        }
+    }
+    row
+}
+
+/// Seven rows of activations: all 127, all -127, and pairs of each sign.
+fn extreme_activations(k: Kernels, cols: usize) -> Activations {
+    let mut acts = Activations::with_capacity(7, cols);
+    for t in 0..7 {
+        let sign =
+            |i: usize| [false, true, i.is_multiple_of(2), i % 4 < 2, i % 16 < 8, i % 32 < 16, i < 256][t];
+        let x: Vec<f32> = (0..cols).map(|i| if sign(i) { -1.0 } else { 1.0 }).collect();
+        k.quantize(&x, acts.row_mut(t));
+        assert!(acts.row(t).q.iter().all(|q| q.abs() == 127));
+    }
+    acts
+}
+
 /// Weights and activations at the ends of their ranges: what would saturate 16-bit sums of products.
 #[test]
 fn extreme_products_are_exact() {
@@ -748,35 +785,9 @@ fn extreme_products_are_exact() {
         for ty in quantised_types() {
             let cols = 512;
             for fill in [0x00, 0x7f, 0x80, 0xff] {
-                // All bytes alike but for the 16-bit floats, for which a quantised row is the pattern.
-                let mut row = vec![0; ty.row_bytes(cols)];
-                let ramp: Vec<f32> = (0..cols).map(|i| (i % 32) as f32 - 15.5).collect();
-                quantize_row(ty, &ramp, &mut row);
-                for block in row.chunks_exact_mut(ty.block_bytes()) {
-                    let floats: &[usize] = match ty {
-                        GgmlType::Q4_1 | GgmlType::Q5_1 | GgmlType::Q4_K | GgmlType::Q5_K => &[0, 1, 2, 3],
-                        GgmlType::Q2_K => &[80, 81, 82, 83],
-                        GgmlType::Q3_K => &[108, 109],
-                        GgmlType::Q6_K => &[208, 209],
-                        _ => &[0, 1],
-                    };
-                    for (i, b) in block.iter_mut().enumerate() {
-                        if !floats.contains(&i) {
-                            *b = fill;
-                        }
-                    }
-                }
+                let row = extreme_row(ty, cols, fill);
                 let w = row.repeat(PANEL_ROWS);
-                // All 127, all -127, and pairs of each sign.
-                let mut acts = Activations::with_capacity(7, cols);
-                for t in 0..7 {
-                    let sign = |i: usize| {
-                        [false, true, i.is_multiple_of(2), i % 4 < 2, i % 16 < 8, i % 32 < 16, i < 256][t]
-                    };
-                    let x: Vec<f32> = (0..cols).map(|i| if sign(i) { -1.0 } else { 1.0 }).collect();
-                    k.quantize(&x, acts.row_mut(t));
-                    assert!(acts.row(t).q.iter().all(|q| q.abs() == 127));
-                }
+                let acts = extreme_activations(k, cols);
                 let mut panel = Panel::default();
                 k.unpack(ty, &w, row.len(), 0..cols, &mut panel);
                 let mut got = vec![0.0; 7 * PANEL_ROWS];
@@ -789,6 +800,35 @@ fn extreme_products_are_exact() {
                     let many = &got[t * PANEL_ROWS..][..PANEL_ROWS];
                     for v in one.iter().chain(many) {
                         assert!(close(*v, want[0], size), "{} {ty} {fill:#x} {t}: {v} {}", k.name(), want[0]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The same with chosen columns: all of each group, which are the longest sums.
+#[test]
+fn extreme_products_with_chosen_columns_are_exact() {
+    let (outputs, cols) = (PANEL_ROWS, 512);
+    for ty in quantised_types() {
+        let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+        for fill in [0x00, 0x7f, 0x80, 0xff] {
+            let row = extreme_row(ty, cols, fill);
+            let rows = row.repeat(outputs);
+            let matrix = quant::Matrix::new(ty, outputs, cols, &rows).unwrap();
+            let (heads, bytes) = quant::columns::packed(&layout, &matrix, 0);
+            let view = layout.view(0, &heads, &bytes);
+            let acts = extreme_activations(scalar(), cols);
+            for t in 0..7 {
+                let mut list = ColumnList::default();
+                list.choose(acts.row(t), layout.group_len());
+                let product = |k| by_columns(k, view, &list, 0..layout.groups(), TILE);
+                let want = product(scalar())[0];
+                let size = magnitude(ty, &row, acts.row(t)) + magnitude_of_mins(view, acts.row(t), 0);
+                for k in kernels_under_test() {
+                    for v in &product(k)[..outputs] {
+                        assert!(close(*v, want, size), "{} {ty} {fill:#x} {t}: {v} {want}", k.name());
                     }
                 }
             }

@@ -4,7 +4,6 @@ pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512vnni;
 pub(super) mod avxvnni;
-mod columns;
 
 use super::layout::{part, scales_mins_k4, scales_q3_k, word};
 

@@ -2,10 +2,13 @@
 //! adds four products of signed bytes to each 32-bit lane.
 
 use std::arch::aarch64::*;
+use std::ops::Range;
 
 use crate::gguf::GgmlType;
 use crate::kernels::arm::neon;
+use crate::kernels::columns::Chosen;
 use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "dotprod",
@@ -18,7 +21,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns,
         float: &neon::FLOAT,
         tiles: None,
         attention: None,
@@ -31,6 +34,7 @@ pub(super) fn detect() -> bool {
 }
 
 neon::dot::instantiate!("neon,dotprod", crate::kernels::arm::dotprod::sdot);
+neon::columns::instantiate!("neon,dotprod", crate::kernels::arm::dotprod::sdot);
 neon::gemm::instantiate!("neon,dotprod", crate::kernels::arm::dotprod::sdot);
 
 /// The functions of `neon::widening` in one step: products go to the sum of 32 bits at once.
@@ -64,6 +68,7 @@ mod sdot {
     pub const QUADS: usize = 4;
     /// 16 sums, of 32 registers.
     pub const TOKENS: usize = 4;
+    pub const LANES: usize = 2;
 
     pub type Sum = int32x4_t;
     pub type Run = int32x4_t;

@@ -19,7 +19,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns: dotprod::columns,
         float: &neon::FLOAT,
         tiles: None,
         attention: None,

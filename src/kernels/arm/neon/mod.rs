@@ -4,15 +4,19 @@
 //! `dotprod` is compiled from the same source with another `multiply`.
 
 pub(super) mod blocks;
+pub(super) mod columns;
 pub(super) mod dot;
 pub(super) mod gemm;
 
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::ops::Range;
 
 use crate::gguf::GgmlType;
+use crate::kernels::columns::Chosen;
 use crate::kernels::float::instantiate;
 use crate::kernels::{Functions, Isa, Panel, Q8Row, Q8Rows};
+use crate::quant::columns::ColumnStrip;
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "neon",
@@ -25,7 +29,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm,
-        columns: crate::kernels::columns::scalar,
+        columns,
         float: &FLOAT,
         tiles: None,
         attention: None,
@@ -33,11 +37,13 @@ pub(in crate::kernels) static ISA: Isa = Isa {
 };
 
 dot::instantiate!("neon", crate::kernels::arm::neon::widening);
+columns::instantiate!("neon", crate::kernels::arm::neon::widening);
 gemm::instantiate!("neon", crate::kernels::arm::neon::widening);
 
 /// Byte products by way of 16-bit sums. Weights are -128..=127, activations -127..=127.
 mod widening {
     use std::arch::aarch64::*;
+    use std::arch::asm;
 
     /// Adds to each lane of `sum` four products. Two at a time share a 16-bit lane:
     /// 2 * 128 * 127 = 32512 fits.
@@ -61,6 +67,8 @@ mod widening {
     pub const QUADS: usize = 2;
     /// Tokens in it: 16 sums of 16 bits, of 32 registers.
     pub const TOKENS: usize = 4;
+    /// Lanes in that of `columns`: 8 codes each, and for them 16 sums of 16 bits.
+    pub const LANES: usize = 1;
 
     /// Sums of pairs of columns: rows 0 and 1, rows 2 and 3.
     pub type Sum = [int32x4_t; 2];
@@ -82,7 +90,24 @@ mod widening {
     #[inline]
     #[target_feature(enable = "neon")]
     pub fn add(run: Run, w: int8x16_t, a: int8x16_t) -> Run {
-        [vmlal_s8(run[0], vget_low_s8(w), vget_low_s8(a)), vmlal_high_s8(run[1], w, a)]
+        [vmlal_s8(run[0], vget_low_s8(w), vget_low_s8(a)), mlal_high(run[1], w, a)]
+    }
+
+    /// `vmlal_high_s8`, which is compiled to two instructions where both halves of `a` are known to be the same.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    fn mlal_high(mut sum: int16x8_t, w: int8x16_t, a: int8x16_t) -> int16x8_t {
+        // SAFETY: an instruction of this function's features that touches registers only.
+        unsafe {
+            asm!(
+                "smlal2 {sum:v}.8h, {w:v}.16b, {a:v}.16b",
+                sum = inout(vreg) sum,
+                w = in(vreg) w,
+                a = in(vreg) a,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        sum
     }
 
     #[inline]

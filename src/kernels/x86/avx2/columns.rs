@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::kernels::x86::columns::Group;
+use crate::kernels::columns::groups::Group;
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
 /// How the high bits of a tile are brought above the nibbles.
@@ -181,11 +181,11 @@ macro_rules! instantiate {
         /// See `Kernels::columns`, which asserts the lengths.
         #[target_feature(enable = $features)]
         fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
-            use $crate::kernels::x86::IQ4_VALUES;
-            use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, quarters};
-            use $crate::kernels::x86::columns::{
+            use $crate::kernels::columns::groups::{
                 BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
             };
+            use $crate::kernels::x86::IQ4_VALUES;
+            use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, quarters};
             use $crate::quant::columns::{Codes, TILE};
             use $multiply as multiply;
 

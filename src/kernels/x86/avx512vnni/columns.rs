@@ -11,9 +11,9 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::blocks::lanes;
+use crate::kernels::columns::groups::{BYTES, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::kernels::columns::{Bundle, Chosen};
 use crate::kernels::x86::IQ4_VALUES;
-use crate::kernels::x86::columns::{BYTES, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::quant::columns::{Codes, ColumnStrip, STRIP, TILE};
 use crate::quant::zero_point;
 

@@ -4,6 +4,9 @@
 //! dense product with zeros in the places that were left out, and nothing else of the column form is touched.
 //! The arithmetic is that of the other integer kernels: exact sums over a group, then one f32 step a group.
 
+#[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
+pub(super) mod groups;
+
 use std::ops::Range;
 
 use super::activations::BLOCK;
@@ -12,7 +15,7 @@ use crate::quant::columns::{Codes, ColumnStrip, STRIP, TILE, Touched};
 use crate::quant::zero_point;
 
 /// Columns whose bytes are interleaved: those of a lane of the byte dot product.
-pub(super) const BUNDLE: usize = 4;
+const BUNDLE: usize = 4;
 
 /// The chosen columns of a row of activations, in bundles of four from the same group.
 ///

@@ -1,32 +1,30 @@
 //! What products with chosen columns share: where the columns of a group are, and the fetching of the next group.
 
-use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::kernels::columns::{Bundle, Chosen, ChosenGroup};
+use super::{BUNDLE, Bundle, Chosen, ChosenGroup};
+use crate::kernels::fetch::{LINE, fetch_line};
 use crate::quant::columns::{Codes, ColumnStrip};
 use crate::quant::zero_point;
 
 /// How a kernel reads codes; the values of `KIND`.
-pub(in crate::kernels::x86) const NIBBLES: u8 = 0;
-pub(in crate::kernels::x86) const NIBBLES_AND_HIGH: u8 = 1;
-pub(in crate::kernels::x86) const TABLE: u8 = 2;
-pub(in crate::kernels::x86) const BYTES: u8 = 3;
+pub(in crate::kernels) const NIBBLES: u8 = 0;
+pub(in crate::kernels) const NIBBLES_AND_HIGH: u8 = 1;
+pub(in crate::kernels) const TABLE: u8 = 2;
+pub(in crate::kernels) const BYTES: u8 = 3;
 
 /// Most bundles of a group: 32 columns.
 const BUNDLES: usize = 8;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// A group, its chosen columns and where they are.
-pub(in crate::kernels::x86) struct Group<'a> {
+pub(in crate::kernels) struct Group<'a> {
     pub strip: &'a ColumnStrip<'a>,
     /// The first output wanted.
     pub first: usize,
     /// Its scales, its mins and its columns.
     pub bytes: &'a [u8],
     pub bundles: &'a [Bundle],
-    pub columns: [[*const u8; 4]; BUNDLES],
+    pub columns: [[*const u8; BUNDLE]; BUNDLES],
     /// Columns without those that fill up the last bundle.
     distinct: usize,
     /// Scale of the activations.
@@ -38,7 +36,7 @@ pub(in crate::kernels::x86) struct Group<'a> {
 }
 
 /// The groups of a product, one after the other.
-pub(in crate::kernels::x86) struct Groups<'a> {
+pub(in crate::kernels) struct Groups<'a> {
     strip: &'a ColumnStrip<'a>,
     chosen: Chosen<'a>,
     runs: Runs,
@@ -67,7 +65,6 @@ impl<'a> Groups<'a> {
 
     /// The fetching of a group in `steps` steps; nothing, if there is none.
     #[inline]
-    #[target_feature(enable = "sse")]
     pub fn fetch<'g>(&self, group: Option<&'g Group<'_>>, steps: usize) -> Fetch<'g> {
         let Some(group) = group else {
             return Fetch { columns: &[], runs: self.runs.column, due: 0, rate: 0 };
@@ -84,18 +81,18 @@ impl<'a> Group<'a> {
         let group = g.group as usize;
         let bytes = &strip.groups[group * strip.group_bytes..][..strip.group_bytes];
         let scale_bytes = strip.group_bytes - strip.group_len * strip.column_bytes;
-        let mut columns = [[bytes.as_ptr(); 4]; BUNDLES];
+        let mut columns = [[bytes.as_ptr(); BUNDLE]; BUNDLES];
         for (columns, bundle) in columns.iter_mut().zip(bundles) {
             for (column, &col) in columns.iter_mut().zip(&bundle.cols) {
                 let in_group = col as usize - group * strip.group_len;
                 *column = bytes.as_ptr().wrapping_add(scale_bytes + in_group * strip.column_bytes);
             }
         }
-        let last = bundles.last().map_or([0; 4], |bundle| bundle.cols);
+        let last = bundles.last().map_or([0; BUNDLE], |bundle| bundle.cols);
         let repeated = last[1..].iter().filter(|&&col| col == last[0]).count();
         let sum = g.scale * g.sum as f32;
         let start = -i32::from(zero_point(strip.ty)) * g.sum;
-        let distinct = 4 * bundles.len() - repeated;
+        let distinct = BUNDLE * bundles.len() - repeated;
         Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, start }
     }
 }
@@ -134,13 +131,12 @@ impl Runs {
     }
 }
 
-/// Asks for lines. Into L2: a core can have more of them on their way to it than to L1.
+/// Asks for lines.
 #[inline]
-#[target_feature(enable = "sse")]
 fn fetch(base: *const u8, runs: &[Run; 2]) {
     for run in runs {
         for line in 0..run.lines {
-            _mm_prefetch::<_MM_HINT_T1>(base.wrapping_add(run.offset + LINE * line).cast());
+            fetch_line(base.wrapping_add(run.offset + LINE * line));
         }
     }
 }
@@ -149,7 +145,7 @@ fn fetch(base: *const u8, runs: &[Run; 2]) {
 const DUE: u32 = 16;
 
 /// A group that is being fetched, column after column: in runs that the memory system can follow.
-pub(in crate::kernels::x86) struct Fetch<'g> {
+pub(in crate::kernels) struct Fetch<'g> {
     /// Columns that are left.
     columns: &'g [*const u8],
     runs: [Run; 2],
@@ -161,7 +157,6 @@ pub(in crate::kernels::x86) struct Fetch<'g> {
 impl Fetch<'_> {
     /// Asks for what is due.
     #[inline]
-    #[target_feature(enable = "sse")]
     pub fn step(&mut self) {
         self.due += self.rate;
         while self.due >= 1 << DUE {
