@@ -66,12 +66,16 @@ impl<'a> Groups<'a> {
     /// The fetching of a group in `steps` steps; nothing, if there is none.
     #[inline]
     pub fn fetch<'g>(&self, group: Option<&'g Group<'_>>, steps: usize) -> Fetch<'g> {
+        let Runs { scales, column } = self.runs;
         let Some(group) = group else {
-            return Fetch { columns: &[], runs: self.runs.column, due: 0, rate: 0 };
+            let none = Run { offset: 0, lines: 0 };
+            return Fetch { columns: &[], column, base: std::ptr::null(), runs: [none; 2], due: 0, rate: 0 };
         };
-        fetch(group.bytes.as_ptr(), &self.runs.scales);
         let columns = &group.columns.as_flattened()[..group.distinct];
-        Fetch { columns, runs: self.runs.column, due: 0, rate: (columns.len() << DUE).div_ceil(steps) }
+        let lines = |runs: &[Run; 2]| runs[0].lines + runs[1].lines;
+        let all = lines(&scales) + columns.len() * lines(&column);
+        let rate = (all << DUE).div_ceil(steps);
+        Fetch { columns, column, base: group.bytes.as_ptr(), runs: scales, due: 0, rate }
     }
 }
 
@@ -105,6 +109,7 @@ struct Run {
 }
 
 /// What the outputs that are wanted need of a group, and of a column.
+#[derive(Clone, Copy)]
 struct Runs {
     /// Scales and mins.
     scales: [Run; 2],
@@ -131,25 +136,20 @@ impl Runs {
     }
 }
 
-/// Asks for lines.
-#[inline]
-fn fetch(base: *const u8, runs: &[Run; 2]) {
-    for run in runs {
-        for line in 0..run.lines {
-            fetch_line(base.wrapping_add(run.offset + LINE * line));
-        }
-    }
-}
-
-/// Binary digits of a fraction of a column that is due.
+/// Binary digits of a fraction of a line that is due.
 const DUE: u32 = 16;
 
-/// A group that is being fetched, column after column: in runs that the memory system can follow.
+/// A group that is being fetched: its scales and mins, then column after column, in runs that the memory system can follow.
+/// Line by line, as evenly as they are needed: a burst of requests holds up the loads of what is computed meanwhile.
 pub(in crate::kernels) struct Fetch<'g> {
     /// Columns that are left.
     columns: &'g [*const u8],
+    /// Runs of a column.
+    column: [Run; 2],
+    /// What is left of the runs of the current part, which begins at `base`.
+    base: *const u8,
     runs: [Run; 2],
-    /// How many should be on their way by now, and how many more with each step.
+    /// How many lines should be on their way by now, and how many more with each step.
     due: usize,
     rate: usize,
 }
@@ -160,9 +160,27 @@ impl Fetch<'_> {
     pub fn step(&mut self) {
         self.due += self.rate;
         while self.due >= 1 << DUE {
-            let Some((column, left)) = self.columns.split_first() else { return };
-            fetch(*column, &self.runs);
-            (self.columns, self.due) = (left, self.due - (1 << DUE));
+            if self.runs[0].lines == 0 && !self.turn() {
+                return;
+            }
+            fetch_line(self.base.wrapping_add(self.runs[0].offset));
+            self.runs[0].offset += LINE;
+            self.runs[0].lines -= 1;
+            self.due -= 1 << DUE;
         }
+    }
+
+    /// On to the next run, if there is one: of this part, or else of the next column.
+    #[inline]
+    fn turn(&mut self) -> bool {
+        while self.runs[0].lines == 0 {
+            if self.runs[1].lines > 0 {
+                self.runs = [self.runs[1], Run { offset: 0, lines: 0 }];
+            } else {
+                let Some((column, left)) = self.columns.split_first() else { return false };
+                (self.base, self.runs, self.columns) = (*column, self.column, left);
+            }
+        }
+        true
     }
 }
