@@ -384,6 +384,11 @@ fn skip_auto_works_from_the_first_run() {
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     let announced = outcome.stderr.lines().find(|line| line.starts_with("skip auto: cut at ratio"));
     assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
+    // Whether that is faster here, it found out; it runs accordingly.
+    let (pays, not) = (outcome.stderr.contains("faster here than"), outcome.stderr.contains("no faster here"));
+    assert!(pays != not, "{outcome:?}");
+    let cut = outcome.stderr.contains("skip cut");
+    assert_eq!(cut, pays, "{outcome:?}");
     let static_ = skiff(&[&always[..], &["--skip", "static", "--skip-ratio", "0.1", "Once"]].concat());
     assert_eq!(static_.code, Some(0), "{static_:?}");
 }

@@ -11,6 +11,7 @@ use indicatif::ProgressBar;
 
 use super::generate::progress_bar;
 use super::{Failure, Outcome, note, text_or_file};
+use crate::eval::Trial;
 use crate::kernels::Kernels;
 use crate::machine::Memory;
 use crate::model::{Config, KvCache, KvType, Model};
@@ -216,7 +217,7 @@ impl ContextArgs {
             context: self.context,
             batch: self.batch,
             kv: kv.into(),
-            skip: skip.of_engine(engine)?,
+            skip: skip.where_it_pays(engine, draft)?,
             context_shift: self.context_shift,
             draft: draft.options(skip)?,
         };
@@ -292,6 +293,44 @@ impl SkipArgs {
     pub fn of_engine(&self, engine: &mut Engine) -> Result<SkipOptions, Failure> {
         let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
         self.options(model, on)
+    }
+
+    /// [`of_engine`](Self::of_engine) for generating text: see [`if_it_pays`](Self::if_it_pays). Drafts are not judged by
+    /// the time of a token.
+    fn where_it_pays(&self, engine: &mut Engine, draft: &DraftArgs) -> Result<SkipOptions, Failure> {
+        let options = self.of_engine(engine)?;
+        match engine.model_mut() {
+            Some((model, on)) if draft.mode() != DraftMode::Skip => self.if_it_pays(model, on, options),
+            _ => Ok(options),
+        }
+    }
+
+    /// The options; for `auto` none, if it turns out not to be faster here.
+    pub fn if_it_pays(
+        &self,
+        model: &mut Model,
+        on: Compute<'_>,
+        options: SkipOptions,
+    ) -> Result<SkipOptions, Failure> {
+        if options.mode != SkipMode::Auto {
+            return Ok(options);
+        }
+        let Some(point) = model.calibration().and_then(Calibration::auto_point).cloned() else {
+            return Ok(options);
+        };
+        let trial = Trial::of(model, on, &options)?;
+        let (ms, change) = (1e3 * trial.full, 100.0 * (1.0 / trial.share - 1.0));
+        if trial.pays() {
+            note(&format!("skip auto: {change:.0} % faster here than the {ms:.1} ms of a token in full"));
+            return Ok(options);
+        }
+        model.drop_cuts();
+        note(&format!(
+            "skip auto: no faster here ({change:+.0} %) than the {ms:.1} ms of a token in full, so tokens run in full; \
+             --skip {} --skip-ratio {:.2} skips all the same",
+            point.policy, point.ratio
+        ));
+        Ok(SkipOptions { mode: SkipMode::Off, ..options })
     }
 
     /// [`of_engine`](Self::of_engine) for measuring quality: what is cut is read all the same, which gives the same
@@ -435,9 +474,13 @@ pub(super) struct DraftArgs {
 }
 
 impl DraftArgs {
+    fn mode(&self) -> DraftMode {
+        DraftMode::from_name(&self.draft).unwrap_or_default()
+    }
+
     /// The options, checked against those of skipping.
     fn options(&self, skip: &SkipArgs) -> Result<DraftOptions, Failure> {
-        let mode = DraftMode::from_name(&self.draft).unwrap_or_default();
+        let mode = self.mode();
         let skips = skip.skip != SkipMode::Off;
         let usage = |message: &str| Err(Failure::Usage(message.into()));
         match mode {

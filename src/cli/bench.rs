@@ -107,7 +107,9 @@ pub(super) fn run(args: &BenchArgs) -> Outcome {
     check_cache(model.config(), "a test of so many tokens:", longest, args.kv)?;
     let threads = if args.threads.is_empty() { vec![default_threads()] } else { args.threads.clone() };
     let team = Team::new(threads[0]).map_err(ModelError::from)?;
-    let skip = args.skip.options(&mut model, Compute { team: &team, kernels })?;
+    let on = Compute { team: &team, kernels };
+    let skip = args.skip.options(&mut model, on)?;
+    let skip = args.skip.if_it_pays(&mut model, on, skip)?;
     drop(team);
     let mlock = args.load.options().mlock;
     let options = BenchOptions { batch: args.batch, kv: args.kv.into(), skip, mlock };

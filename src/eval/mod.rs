@@ -9,5 +9,7 @@ mod perplexity;
 pub mod plot;
 pub mod sweep;
 pub mod tasks;
+mod trial;
 
 pub use perplexity::{EvalError, PerplexityOptions, PerplexityReport, perplexity};
+pub use trial::Trial;

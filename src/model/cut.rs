@@ -153,6 +153,11 @@ impl Model {
         columns.map(|c| c.gate.bytes() + c.up.bytes() + c.down.bytes()).sum()
     }
 
+    /// Gives up what [`prepare_cuts`](Self::prepare_cuts) made.
+    pub fn drop_cuts(&mut self) {
+        self.cuts = Vec::new();
+    }
+
     /// Whether any layer can be cut.
     pub fn has_cuts(&self) -> bool {
         self.cuts.iter().any(Option::is_some)
