@@ -29,8 +29,9 @@ pub(in crate::kernels) struct Group<'a> {
     distinct: usize,
     /// Scale of the activations.
     pub scale: f32,
-    /// Sum of the activations.
+    /// Sum of the activations, and of their integers.
     pub sum: f32,
+    pub count: i32,
     /// What the dot products start from.
     pub start: i32,
 }
@@ -97,7 +98,7 @@ impl<'a> Group<'a> {
         let sum = g.scale * g.sum as f32;
         let start = -i32::from(zero_point(strip.ty)) * g.sum;
         let distinct = BUNDLE * bundles.len() - repeated;
-        Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, start }
+        Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, count: g.sum, start }
     }
 }
 

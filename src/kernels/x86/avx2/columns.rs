@@ -6,8 +6,10 @@
 #![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
-use crate::kernels::columns::groups::Group;
+use crate::kernels::columns::groups::{Fetch, Group, Groups};
+use crate::kernels::fetch::LINE;
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
 /// How the high bits of a tile are brought above the nibbles.
@@ -109,30 +111,106 @@ fn interleave(x: [__m256i; 4]) -> [__m256i; 4] {
     ]
 }
 
-/// `out += scale * dots + min * sum of activations` in units of the factors. Sum register `a` has the strip's eight
-/// outputs from `at + 16 a` on: the other half of the line has the eight between.
+/// `out += scale * (dots + count) + min * sum of activations` in units of the factors. Sum register `a` has the strip's
+/// eight outputs from `at + 16 a` on: the other half of the line has the eight between.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub(in crate::kernels::x86) fn add_group<const N: usize>(
     group: &Group<'_>,
     at: usize,
     dots: &[__m256i; N],
+    count: i32,
     out: &mut [f32],
 ) {
     let strip = group.strip;
     let (scale, zero) = (_mm256_set1_ps(group.scale), _mm256_set1_ps(strip.zeros[0]));
-    let sum = _mm256_set1_ps(group.sum);
+    let (sum, count) = (_mm256_set1_ps(group.sum), _mm256_set1_ps(group.scale * count as f32));
+    // Parts of known lengths, so that there is one check for all registers.
+    let span = 16 * N - 8;
+    let (scales, out) = (&group.bytes[at..][..span], &mut out[at - group.first..][..span]);
     for a in 0..N {
-        let at = at + 16 * a;
-        let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dots[a]));
-        let factor = _mm256_sub_ps(codes(group.bytes, at), zero);
-        let mut total = _mm256_fmadd_ps(factor, dot, load(out, at - group.first));
-        if strip.has_min {
-            let min = _mm256_mul_ps(sum, codes(group.bytes, strip.width + at));
-            total = _mm256_fmadd_ps(load(strip.heads, strip.width + at), min, total);
-        }
-        store(out, at - group.first, total);
+        let dot = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[a]), count);
+        let factor = _mm256_sub_ps(codes(scales, 16 * a), zero);
+        store(out, 16 * a, _mm256_fmadd_ps(factor, dot, load(out, 16 * a)));
     }
+    if strip.has_min {
+        let (mins, ratios) =
+            (&group.bytes[strip.width + at..][..span], &strip.heads[strip.width + at..][..span]);
+        for a in 0..N {
+            let min = _mm256_mul_ps(sum, codes(mins, 16 * a));
+            store(out, 16 * a, _mm256_fmadd_ps(load(ratios, 16 * a), min, load(out, 16 * a)));
+        }
+    }
+}
+
+/// Products with nibbles by `maddubs`, a cache line of each column at a time. Two columns are interleaved, not four: 16 bits
+/// hold the sum of a whole group, 8 taken off each code (32 * 8 * 127 < 2^15), so nothing has to be widened in between.
+#[target_feature(enable = "avx2,fma")]
+pub(in crate::kernels::x86) fn nibbles_in_pairs(
+    mut groups: Groups<'_>,
+    outputs: Range<usize>,
+    out: &mut [f32],
+) {
+    let lines = outputs.start / (2 * LINE)..outputs.end / (2 * LINE);
+    let mut ahead = groups.take();
+    groups.fetch(ahead.as_ref(), 1).step();
+    while let Some(group) = ahead {
+        ahead = groups.take();
+        let mut next = groups.fetch(ahead.as_ref(), lines.len() * group.bundles.len());
+        for line in lines.clone() {
+            let sums = sums_of_line(&group, line, &mut next);
+            for half in 0..2 {
+                let dots = widen(&sums[half]);
+                add_group(&group, 2 * LINE * line + 8 * half, &dots, 8 * group.count + group.start, out);
+            }
+        }
+    }
+}
+
+/// Sums of `(code - 8) * activation` over a group, of the outputs of a line: `[half][bytes 0..8 or 8..16][low or high]`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> [[[__m256i; 2]; 2]; 2] {
+    let nibble = _mm256_set1_epi8(15);
+    let mut sums = [[[_mm256_set1_epi16((-8 * group.count) as i16); 2]; 2]; 2];
+    for b in 0..group.bundles.len() {
+        next.step();
+        let (columns, acts) = (&group.columns[b], group.bundles[b].acts);
+        let acts = [_mm256_set1_epi16(acts as i16), _mm256_set1_epi16((acts >> 16) as i16)];
+        for half in 0..2 {
+            for pair in 0..2 {
+                let of = |i: usize| {
+                    // SAFETY: the columns are a strip's, and the line is one of their low part (`Kernels::columns`).
+                    unsafe { _mm256_loadu_si256(columns[2 * pair + i].add(LINE * line + 32 * half).cast()) }
+                };
+                let (x, y) = (of(0), of(1));
+                let both = [_mm256_unpacklo_epi8(x, y), _mm256_unpackhi_epi8(x, y)];
+                for k in 0..2 {
+                    let low = _mm256_and_si256(both[k], nibble);
+                    let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both[k]), nibble);
+                    let [low_sum, high_sum] = &mut sums[half][k];
+                    *low_sum = _mm256_add_epi16(*low_sum, _mm256_maddubs_epi16(low, acts[pair]));
+                    *high_sum = _mm256_add_epi16(*high_sum, _mm256_maddubs_epi16(high, acts[pair]));
+                }
+            }
+        }
+    }
+    sums
+}
+
+/// The sums of half a line in 32 bits, in the order of the sum registers of [`add_group`].
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(sums: &[[__m256i; 2]; 2]) -> [__m256i; 8] {
+    let mut dots = [_mm256_setzero_si256(); 8];
+    for k in 0..2 {
+        for nibble in 0..2 {
+            let s = sums[k][nibble];
+            dots[4 * k + nibble] = _mm256_srai_epi32::<16>(_mm256_unpacklo_epi16(s, s));
+            dots[4 * k + 2 + nibble] = _mm256_srai_epi32::<16>(_mm256_unpackhi_epi16(s, s));
+        }
+    }
+    dots
 }
 
 /// Eight bytes as floats.
@@ -185,7 +263,7 @@ macro_rules! instantiate {
                 BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
             };
             use $crate::kernels::x86::IQ4_VALUES;
-            use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, quarters};
+            use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, nibbles_in_pairs, quarters};
             use $crate::quant::columns::{Codes, TILE};
             use $multiply as multiply;
 
@@ -248,7 +326,7 @@ macro_rules! instantiate {
                         dots[k] = multiply::close(dots[k], sums[k]);
                     }
                 }
-                add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, out);
+                add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, 0, out);
             }
 
             /// `sums += codes * activations` for the four columns of a bundle.
@@ -308,6 +386,7 @@ macro_rules! instantiate {
             out.fill(0.0);
             let groups = Groups::new(strip, chosen, &outputs);
             match strip.codes {
+                Codes::Nibbles { high: 0 } if multiply::MAX < 255 => nibbles_in_pairs(groups, outputs, out),
                 Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, groups, outputs, out),
                 Codes::Nibbles { high: 1 } => kernel::<NIBBLES_AND_HIGH, 8, 4>(strip, groups, outputs, out),
                 Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH, 8, 2>(strip, groups, outputs, out),
