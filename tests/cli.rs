@@ -385,7 +385,8 @@ fn skip_auto_works_from_the_first_run() {
     let announced = outcome.stderr.lines().find(|line| line.starts_with("skip auto: cut at ratio"));
     assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
     // Whether that is faster here, it found out; it runs accordingly.
-    let (pays, not) = (outcome.stderr.contains("faster here than"), outcome.stderr.contains("no faster here"));
+    let (pays, not) =
+        (outcome.stderr.contains("faster here than"), outcome.stderr.contains("no faster here"));
     assert!(pays != not, "{outcome:?}");
     let cut = outcome.stderr.contains("skip cut");
     assert_eq!(cut, pays, "{outcome:?}");

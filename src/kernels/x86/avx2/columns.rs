@@ -111,7 +111,7 @@ fn interleave(x: [__m256i; 4]) -> [__m256i; 4] {
     ]
 }
 
-/// `out += scale * (dots + count) + min * sum of activations` in units of the factors. Sum register `a` has the strip's
+/// `out += scale * dots + min * sum of activations` in units of the factors. Sum register `a` has the strip's
 /// eight outputs from `at + 16 a` on: the other half of the line has the eight between.
 #[inline]
 #[target_feature(enable = "avx2,fma")]
@@ -119,17 +119,16 @@ pub(in crate::kernels::x86) fn add_group<const N: usize>(
     group: &Group<'_>,
     at: usize,
     dots: &[__m256i; N],
-    count: i32,
     out: &mut [f32],
 ) {
     let strip = group.strip;
     let (scale, zero) = (_mm256_set1_ps(group.scale), _mm256_set1_ps(strip.zeros[0]));
-    let (sum, count) = (_mm256_set1_ps(group.sum), _mm256_set1_ps(group.scale * count as f32));
+    let sum = _mm256_set1_ps(group.sum);
     // Parts of known lengths, so that there is one check for all registers.
     let span = 16 * N - 8;
     let (scales, out) = (&group.bytes[at..][..span], &mut out[at - group.first..][..span]);
     for a in 0..N {
-        let dot = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[a]), count);
+        let dot = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(dots[a]));
         let factor = _mm256_sub_ps(codes(scales, 16 * a), zero);
         store(out, 16 * a, _mm256_fmadd_ps(factor, dot, load(out, 16 * a)));
     }
@@ -160,8 +159,8 @@ pub(in crate::kernels::x86) fn nibbles_in_pairs(
         for line in lines.clone() {
             let sums = sums_of_line(&group, line, &mut next);
             for half in 0..2 {
-                let dots = widen(&sums[half]);
-                add_group(&group, 2 * LINE * line + 8 * half, &dots, 8 * group.count + group.start, out);
+                let dots = widen(&sums[half], 8 * group.count + group.start);
+                add_group(&group, 2 * LINE * line + 8 * half, &dots, out);
             }
         }
     }
@@ -198,16 +197,19 @@ fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> [[[__m2
     sums
 }
 
-/// The sums of half a line in 32 bits, in the order of the sum registers of [`add_group`].
+/// The sums of half a line in 32 bits, each and `more`, in the order of the sum registers of [`add_group`].
 #[inline]
 #[target_feature(enable = "avx2")]
-fn widen(sums: &[[__m256i; 2]; 2]) -> [__m256i; 8] {
-    let mut dots = [_mm256_setzero_si256(); 8];
+fn widen(sums: &[[__m256i; 2]; 2], more: i32) -> [__m256i; 8] {
+    let mut dots = [_mm256_set1_epi32(more); 8];
     for k in 0..2 {
         for nibble in 0..2 {
             let s = sums[k][nibble];
-            dots[4 * k + nibble] = _mm256_srai_epi32::<16>(_mm256_unpacklo_epi16(s, s));
-            dots[4 * k + 2 + nibble] = _mm256_srai_epi32::<16>(_mm256_unpackhi_epi16(s, s));
+            let (low, high) = (_mm256_unpacklo_epi16(s, s), _mm256_unpackhi_epi16(s, s));
+            for (quarter, wide) in [(2 * k, low), (2 * k + 1, high)] {
+                let dot = &mut dots[2 * quarter + nibble];
+                *dot = _mm256_add_epi32(*dot, _mm256_srai_epi32::<16>(wide));
+            }
         }
     }
     dots
@@ -326,7 +328,7 @@ macro_rules! instantiate {
                         dots[k] = multiply::close(dots[k], sums[k]);
                     }
                 }
-                add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, 0, out);
+                add_group(group, index / 2 * 16 * N + index % 2 * 8, &dots, out);
             }
 
             /// `sums += codes * activations` for the four columns of a bundle.
