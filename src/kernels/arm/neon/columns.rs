@@ -53,7 +53,7 @@ impl Lane {
 }
 
 /// How many sum registers a lane fills.
-pub(in crate::kernels::arm) const fn sums(kind: u8) -> usize {
+const fn sums(kind: u8) -> usize {
     if kind == BYTES { 4 } else { 8 }
 }
 
