@@ -55,9 +55,9 @@ pub(super) fn fetch_line(at: *const u8) {
         _mm_prefetch::<_MM_HINT_T1>(at.cast());
     }
     #[cfg(target_arch = "aarch64")]
-    // SAFETY: a prefetch never faults, and changes nothing that the program sees.
+    // SAFETY: a prefetch never faults and changes nothing that the program sees.
     unsafe {
-        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags));
+        std::arch::asm!("prfm pldl2keep, [{at}]", at = in(reg) at, options(readonly, nostack, preserves_flags));
     }
     #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
     let _ = at;

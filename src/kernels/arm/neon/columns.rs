@@ -53,7 +53,7 @@ impl Lane {
 }
 
 /// How many sum registers a lane fills.
-pub(in crate::kernels::arm) const fn sums(kind: u8) -> usize {
+const fn sums(kind: u8) -> usize {
     if kind == BYTES { 4 } else { 8 }
 }
 
@@ -150,15 +150,15 @@ pub(in crate::kernels::arm) fn add_group<const N: usize>(
     if strip.has_min {
         let mins = &group.bytes[strip.width + first..][..n];
         let ratios = &strip.heads[strip.width + first..][..n];
-        for a in 0..N {
+        for (a, total) in total.iter_mut().enumerate() {
             let min = vmulq_n_f32(bytes4(mins, 16 * a), group.sum);
-            total[a] = vfmaq_f32(total[a], floats4(ratios, 16 * a), min);
+            *total = vfmaq_f32(*total, floats4(ratios, 16 * a), min);
         }
     }
-    for a in 0..N {
+    for (a, &total) in total.iter().enumerate() {
         let out: &mut [f32; 4] = out[16 * a..].first_chunk_mut().expect("four floats");
         // SAFETY: four writable floats.
-        unsafe { vst1q_f32(out.as_mut_ptr(), total[a]) };
+        unsafe { vst1q_f32(out.as_mut_ptr(), total) };
     }
 }
 
@@ -195,6 +195,7 @@ macro_rules! instantiate {
             out: &mut [f32],
         ) {
             use $crate::kernels::arm::neon::columns::{Lane, add_group, codes, first_output, is_wide};
+            use $crate::kernels::columns::Bundle;
             use $crate::kernels::columns::groups::{
                 BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
             };
@@ -218,8 +219,8 @@ macro_rules! instantiate {
                     let mut next = groups.fetch(ahead.as_ref(), pieces.len() * group.bundles.len());
                     for piece in pieces.clone() {
                         let mut lanes = [Lane::new(strip, LANES * piece); LANES];
-                        for i in 1..LANES {
-                            lanes[i] = Lane::new(strip, LANES * piece + i);
+                        for (i, lane) in lanes.iter_mut().enumerate() {
+                            *lane = Lane::new(strip, LANES * piece + i);
                         }
                         let dots = products::<KIND, N, RUN>(&group, &lanes, &mut next);
                         for i in 0..LANES {
@@ -241,27 +242,7 @@ macro_rules! instantiate {
                 let mut dots = [[multiply::zero(); N]; LANES];
                 let columns = &group.columns[..group.bundles.len()];
                 for (bundles, columns) in group.bundles.chunks(RUN).zip(columns.chunks(RUN)) {
-                    let mut runs = [[multiply::open(multiply::zero()); N]; LANES];
-                    for i in 0..LANES {
-                        for a in 0..N {
-                            runs[i][a] = multiply::open(dots[i][a]);
-                        }
-                    }
-                    for (bundle, columns) in bundles.iter().zip(columns) {
-                        next.step();
-                        let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.acts));
-                        for i in 0..LANES {
-                            let codes = codes::<KIND, N>(columns, &lanes[i]);
-                            for a in 0..N {
-                                runs[i][a] = multiply::add(runs[i][a], codes[a], acts);
-                            }
-                        }
-                    }
-                    for i in 0..LANES {
-                        for a in 0..N {
-                            dots[i][a] = multiply::close(dots[i][a], runs[i][a]);
-                        }
-                    }
+                    add_run::<KIND, N>(bundles, columns, lanes, next, &mut dots);
                 }
                 let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start });
                 let mut sums = [[start; N]; LANES];
@@ -271,6 +252,40 @@ macro_rules! instantiate {
                     }
                 }
                 sums
+            }
+
+            /// `dots += codes * activations` for a run of bundles.
+            #[inline]
+            #[target_feature(enable = $features)]
+            #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
+            fn add_run<const KIND: u8, const N: usize>(
+                bundles: &[Bundle],
+                columns: &[[*const u8; 4]],
+                lanes: &[Lane; LANES],
+                next: &mut Fetch<'_>,
+                dots: &mut [[multiply::Sum; N]; LANES],
+            ) {
+                let mut runs = [[multiply::open(multiply::zero()); N]; LANES];
+                for i in 0..LANES {
+                    for a in 0..N {
+                        runs[i][a] = multiply::open(dots[i][a]);
+                    }
+                }
+                for (bundle, columns) in bundles.iter().zip(columns) {
+                    next.step();
+                    let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.acts));
+                    for i in 0..LANES {
+                        let codes = codes::<KIND, N>(columns, &lanes[i]);
+                        for a in 0..N {
+                            runs[i][a] = multiply::add(runs[i][a], codes[a], acts);
+                        }
+                    }
+                }
+                for i in 0..LANES {
+                    for a in 0..N {
+                        dots[i][a] = multiply::close(dots[i][a], runs[i][a]);
+                    }
+                }
             }
 
             out.fill(0.0);
