@@ -33,15 +33,15 @@ pub(super) const fn of_q6_k(j: usize) -> [usize; 2] {
 
 #[inline]
 #[target_feature(enable = "avx")]
-fn load32(b: &[u8; 32]) -> __m256i {
-    // SAFETY: 32 readable bytes; the load has no alignment.
+pub(super) fn load32<T: bytemuck::Pod>(b: &[T; 32]) -> __m256i {
+    // SAFETY: 32 elements have 32 readable bytes; the load has no alignment.
     unsafe { _mm256_loadu_si256(b.as_ptr().cast()) }
 }
 
 #[inline]
 #[target_feature(enable = "sse2")]
-fn load16(b: &[u8; 16]) -> __m128i {
-    // SAFETY: 16 readable bytes; the load has no alignment.
+pub(super) fn load16<T: bytemuck::Pod>(b: &[T; 16]) -> __m128i {
+    // SAFETY: 16 elements have 16 readable bytes; the load has no alignment.
     unsafe { _mm_loadu_si128(b.as_ptr().cast()) }
 }
 
@@ -147,7 +147,7 @@ pub(super) fn iq4_nl(b: &[u8; 36]) -> Two {
 #[inline]
 #[target_feature(enable = "avx")]
 fn load32_at(b: &[u8], at: usize) -> __m256i {
-    load32(b[at..].first_chunk().expect("a block's parts lie inside it"))
+    load32::<u8>(b[at..].first_chunk().expect("a block's parts lie inside it"))
 }
 
 #[inline]
