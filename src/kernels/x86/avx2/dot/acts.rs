@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::super::blocks::{load16, load32};
 use crate::kernels::Q8Row;
 
-/// Two blocks' activations, in the order of [`Two`]; what belongs to a block is in all lanes of its half.
+/// Two blocks' activations, in the order of `blocks::Two`; what belongs to a block is in all lanes of its half.
 #[derive(Clone, Copy)]
 pub(super) struct ActsTwo {
     pub low: __m256i,
