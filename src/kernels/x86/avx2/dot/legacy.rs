@@ -15,6 +15,7 @@ use super::{QUAD, Quad, dword, prefetch};
 fn products(w: &Two, a: &ActsTwo) -> __m256i {
     _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high))
 }
+
 /// The scales of four rows, at the beginning of their two blocks.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
@@ -24,6 +25,7 @@ fn scales_two<const BYTES: usize>(b: &Quad<'_, BYTES>) -> __m256 {
     let bits = _mm_setr_epi16(of(0, 0), of(1, 0), of(2, 0), of(3, 0), of(0, 1), of(1, 1), of(2, 1), of(3, 1));
     _mm256_cvtph_ps(bits)
 }
+
 /// The scales and minima of four rows, at the beginning of their two blocks.
 #[inline]
 #[target_feature(enable = "avx2,f16c")]
@@ -34,12 +36,9 @@ fn scales_mins_two<const BYTES: usize>(b: &Quad<'_, BYTES>) -> (__m256, __m256) 
         _mm256_cvtph_ps(_mm_setr_epi32(dword(a, 0), dword(b, 0), dword(a, second), dword(b, second)))
     };
     let (first, second) = (pairs(0), pairs(2));
-    let (scale, min) = (
-        _mm256_shuffle_ps::<0b10_00_10_00>(first, second),
-        _mm256_shuffle_ps::<0b11_01_11_01>(first, second),
-    );
-    (scale, min)
+    (_mm256_shuffle_ps::<0b10_00_10_00>(first, second), _mm256_shuffle_ps::<0b11_01_11_01>(first, second))
 }
+
 /// Adds the products of a quad's two blocks a row: of Q4_0, whose zero point is 8.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]

@@ -1,7 +1,7 @@
 //! One token or a few: dot products of weight rows, read in place, with rows of activations.
 //!
 //! Four rows go through a step together, a *quad*. What they share are not only the activations: their products are
-//! summed up *across* the rows, until a register holds four sums of each half ([`across16`]), and so one conversion and one
+//! summed up *across* the rows, until a register holds four sums of each half (`sums::across16`), and so one conversion and one
 //! multiplication by scales serve four rows. Scales come out of the blocks in the same order of lanes. Without that, more
 //! than half of the instructions of types with small blocks would go into scales (docs/experiments.md, "Decoding on
 //! AVX2").
@@ -33,11 +33,13 @@ const QUAD: usize = 4;
 const QUADS: usize = 2;
 /// Least distance in bytes between what is multiplied and what is fetched.
 const PREFETCH: usize = 4096;
+
 /// A step's bytes of four rows, and where those begin that are fetched meanwhile.
 struct Quad<'w, const BYTES: usize> {
     rows: [&'w [u8; BYTES]; QUAD],
     ahead: *const u8,
 }
+
 /// Asks for part `part` of `parts` of the lines of `BYTES` bytes of four rows from `at` on. Not for all at once, which would
 /// be more than a core can have under way.
 #[inline(always)]

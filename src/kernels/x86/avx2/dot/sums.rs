@@ -45,6 +45,7 @@ pub(super) fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
 pub(super) fn widen(sums: __m256i) -> __m256i {
     _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
 }
+
 /// Products of signed weights: |w| times the activation with the sign of `w`. A weight of -128 is right too, an activation
 /// of -128 would not be and does not occur.
 #[inline]
@@ -53,6 +54,7 @@ pub(super) fn signed_products(w: &Two, low: __m256i, high: __m256i) -> __m256i {
     let signed = |w, a| widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
     _mm256_add_epi32(signed(w.low, low), signed(w.high, high))
 }
+
 #[inline]
 #[target_feature(enable = "avx2,fma")]
 pub(super) fn add_scaled(acc: &mut __m256, sums: __m256i, scale: __m256) {
