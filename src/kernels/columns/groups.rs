@@ -32,8 +32,6 @@ pub(in crate::kernels) struct Group<'a> {
     /// Sum of the activations, and of their integers.
     pub sum: f32,
     pub count: i32,
-    /// What the dot products start from.
-    pub start: i32,
 }
 
 /// The groups of a product, one after the other.
@@ -96,9 +94,14 @@ impl<'a> Group<'a> {
         let last = bundles.last().map_or([0; BUNDLE], |bundle| bundle.cols);
         let repeated = last[1..].iter().filter(|&&col| col == last[0]).count();
         let sum = g.scale * g.sum as f32;
-        let start = -i32::from(zero_point(strip.ty)) * g.sum;
         let distinct = BUNDLE * bundles.len() - repeated;
-        Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, count: g.sum, start }
+        Self { strip, first, bytes, bundles, columns, distinct, scale: g.scale, sum, count: g.sum }
+    }
+
+    /// What the dot products start from.
+    #[inline]
+    pub fn start(&self) -> i32 {
+        -i32::from(zero_point(self.strip.ty)) * self.count
     }
 }
 

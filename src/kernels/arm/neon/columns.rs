@@ -244,7 +244,7 @@ macro_rules! instantiate {
                 for (bundles, columns) in group.bundles.chunks(RUN).zip(columns.chunks(RUN)) {
                     add_run::<KIND, N>(bundles, columns, lanes, next, &mut dots);
                 }
-                let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start });
+                let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start() });
                 let mut sums = [[start; N]; LANES];
                 for i in 0..LANES {
                     for a in 0..N {

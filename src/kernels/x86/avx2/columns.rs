@@ -159,7 +159,7 @@ pub(in crate::kernels::x86) fn nibbles_in_pairs(
         for line in lines.clone() {
             let sums = sums_of_line(&group, line, &mut next);
             for half in 0..2 {
-                let dots = widen(&sums[half], 8 * group.count + group.start);
+                let dots = widen(&sums[half], 8 * group.count + group.start());
                 add_group(&group, 2 * LINE * line + 8 * half, &dots, out);
             }
         }
@@ -309,7 +309,7 @@ macro_rules! instantiate {
                 next: &mut Fetch<'_>,
                 out: &mut [f32],
             ) {
-                let start = if is_signed(KIND) { 0 } else { group.start };
+                let start = if is_signed(KIND) { 0 } else { group.start() };
                 let mut dots = [_mm256_set1_epi32(start); N];
                 let (n, mut at) = (group.bundles.len(), 0);
                 while at < n {
