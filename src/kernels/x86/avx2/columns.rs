@@ -156,10 +156,11 @@ pub(in crate::kernels::x86) fn nibbles_in_pairs(
     while let Some(group) = ahead {
         ahead = groups.take();
         let mut next = groups.fetch(ahead.as_ref(), lines.len() * group.bundles.len());
+        let taken_off = 8 * group.count + group.start();
         for line in lines.clone() {
             let sums = sums_of_line(&group, line, &mut next);
             for half in 0..2 {
-                let dots = widen(&sums[half], 8 * group.count + group.start());
+                let dots = widen(&sums[half], taken_off);
                 add_group(&group, 2 * LINE * line + 8 * half, &dots, out);
             }
         }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use super::super::blocks::{self, Piece, load16, load32};
 use super::acts::{ActsSuper, spread};
-use super::sums::{across16, across32, add_scaled, signed_products};
+use super::sums::{across16, add_scaled, signed_sums};
 use super::{QUAD, Quad, dword, prefetch};
 use crate::kernels::x86::{part, scales_q3_k, word};
 
@@ -303,12 +303,7 @@ fn add_iq4_xs<const J: usize, const T: usize>(
     let scale = two_groups::<true>(scales, J);
     for t in 0..T {
         let (low, high, by) = acts[t].two(J);
-        let across = across32([
-            signed_products(&w[0], low, high),
-            signed_products(&w[1], low, high),
-            signed_products(&w[2], low, high),
-            signed_products(&w[3], low, high),
-        ]);
+        let across = signed_sums(&w, low, high);
         add_scaled(&mut sums[t], across, _mm256_mul_ps(scale, by));
     }
 }

@@ -6,7 +6,7 @@ use std::arch::x86_64::*;
 
 use super::super::blocks::{self, Two};
 use super::acts::ActsTwo;
-use super::sums::{across16, across32, add_scaled, signed_products, widen};
+use super::sums::{across16, add_scaled, signed_sums, widen};
 use super::{QUAD, Quad, dword, prefetch};
 
 /// Products of unsigned weights of two blocks.
@@ -14,6 +14,13 @@ use super::{QUAD, Quad, dword, prefetch};
 #[target_feature(enable = "avx2")]
 fn products(w: &Two, a: &ActsTwo) -> __m256i {
     _mm256_add_epi16(_mm256_maddubs_epi16(w.low, a.low), _mm256_maddubs_epi16(w.high, a.high))
+}
+
+/// Sums of a quad's products of weights of four bits.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn sums_of_four_bits(w: &[Two; QUAD], a: &ActsTwo) -> __m256i {
+    widen(across16([products(&w[0], a), products(&w[1], a), products(&w[2], a), products(&w[3], a)]))
 }
 
 /// The scales of four rows, at the beginning of their two blocks.
@@ -49,8 +56,7 @@ pub(super) fn quad_q4_0<const T: usize>(b: &Quad<'_, 36>, acts: &[ActsTwo; T], a
     let scale = scales_two(b);
     for t in 0..T {
         let a = &acts[t];
-        let sums =
-            widen(across16([products(&w[0], a), products(&w[1], a), products(&w[2], a), products(&w[3], a)]));
+        let sums = sums_of_four_bits(&w, a);
         let sums = _mm256_sub_epi32(sums, _mm256_slli_epi32::<3>(a.count));
         add_scaled(&mut acc[t], sums, _mm256_mul_ps(scale, a.scale));
     }
@@ -66,8 +72,7 @@ pub(super) fn quad_q4_1<const T: usize>(b: &Quad<'_, 40>, acts: &[ActsTwo; T], a
     let (scale, min) = scales_mins_two(b);
     for t in 0..T {
         let a = &acts[t];
-        let sums =
-            widen(across16([products(&w[0], a), products(&w[1], a), products(&w[2], a), products(&w[3], a)]));
+        let sums = sums_of_four_bits(&w, a);
         acc[t] = _mm256_fmadd_ps(min, a.sum, acc[t]);
         add_scaled(&mut acc[t], sums, _mm256_mul_ps(scale, a.scale));
     }
@@ -127,12 +132,7 @@ pub(super) fn quad_signed<const BYTES: usize, const T: usize>(
     let scale = scales_two(b);
     for t in 0..T {
         let ActsTwo { low, high, scale: a_scale, .. } = acts[t];
-        let sums = across32([
-            signed_products(&w[0], low, high),
-            signed_products(&w[1], low, high),
-            signed_products(&w[2], low, high),
-            signed_products(&w[3], low, high),
-        ]);
+        let sums = signed_sums(&w, low, high);
         add_scaled(&mut acc[t], sums, _mm256_mul_ps(scale, a_scale));
     }
 }

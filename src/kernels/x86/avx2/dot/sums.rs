@@ -21,7 +21,7 @@ pub(super) fn across16(r: [__m256i; QUAD]) -> __m256i {
 /// Likewise of 32-bit lanes, to one lane of each register in each half.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn across32(r: [__m256i; QUAD]) -> __m256i {
+fn across32(r: [__m256i; QUAD]) -> __m256i {
     let two = |a, b| {
         let outer = _mm256_blend_epi32::<0b1100_1100>(a, b);
         _mm256_add_epi32(outer, _mm256_alignr_epi8::<8>(b, a))
@@ -33,7 +33,7 @@ pub(super) fn across32(r: [__m256i; QUAD]) -> __m256i {
 /// The even lanes of each half of `a` and `b`, and the odd ones.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
+fn even_odd(a: __m256i, b: __m256i) -> (__m256i, __m256i) {
     let (a, b) = (_mm256_castsi256_ps(a), _mm256_castsi256_ps(b));
     let (even, odd) = (_mm256_shuffle_ps::<0b10_00_10_00>(a, b), _mm256_shuffle_ps::<0b11_01_11_01>(a, b));
     (_mm256_castps_si256(even), _mm256_castps_si256(odd))
@@ -46,13 +46,14 @@ pub(super) fn widen(sums: __m256i) -> __m256i {
     _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
 }
 
-/// Products of signed weights: |w| times the activation with the sign of `w`. A weight of -128 is right too, an activation
-/// of -128 would not be and does not occur.
+/// Sums of a quad's products of signed weights: |w| times the activation with the sign of `w`. A weight of -128 is right
+/// too, an activation of -128 would not be and does not occur.
 #[inline]
 #[target_feature(enable = "avx2")]
-pub(super) fn signed_products(w: &Two, low: __m256i, high: __m256i) -> __m256i {
+pub(super) fn signed_sums(w: &[Two; QUAD], low: __m256i, high: __m256i) -> __m256i {
     let signed = |w, a| widen(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w)));
-    _mm256_add_epi32(signed(w.low, low), signed(w.high, high))
+    let row = |w: &Two| _mm256_add_epi32(signed(w.low, low), signed(w.high, high));
+    across32([row(&w[0]), row(&w[1]), row(&w[2]), row(&w[3])])
 }
 
 #[inline]
