@@ -188,3 +188,19 @@ impl Fetch<'_> {
         true
     }
 }
+
+/// `$body` for each of `$pieces` of the outputs of group after group, while the next group is fetched, a step a bundle.
+/// (Not a function: its closure would be called from code without the CPU's features.)
+macro_rules! each_piece {
+    ($groups:ident, $pieces:expr, |$group:ident, $piece:ident, $next:ident| $body:block) => {
+        let pieces = $pieces;
+        let mut ahead = $groups.take();
+        $groups.fetch(ahead.as_ref(), 1).step();
+        while let Some($group) = ahead {
+            ahead = $groups.take();
+            let mut $next = $groups.fetch(ahead.as_ref(), pieces.len() * $group.bundles.len());
+            for $piece in pieces.clone() $body
+        }
+    };
+}
+pub(in crate::kernels) use each_piece;

@@ -197,7 +197,7 @@ macro_rules! instantiate {
             use $crate::kernels::arm::neon::columns::{Lane, add_group, codes, first_output, is_wide};
             use $crate::kernels::columns::Bundle;
             use $crate::kernels::columns::groups::{
-                BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
+                BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE, each_piece,
             };
             use $crate::quant::columns::Codes;
             use $multiply::{self as multiply, LANES};
@@ -212,22 +212,16 @@ macro_rules! instantiate {
                 out: &mut [f32],
             ) {
                 let pieces = outputs.start / (4 * N * LANES)..outputs.end / (4 * N * LANES);
-                let mut ahead = groups.take();
-                groups.fetch(ahead.as_ref(), 1).step();
-                while let Some(group) = ahead {
-                    ahead = groups.take();
-                    let mut next = groups.fetch(ahead.as_ref(), pieces.len() * group.bundles.len());
-                    for piece in pieces.clone() {
-                        let mut lanes = [Lane::new(strip, LANES * piece); LANES];
-                        for (i, lane) in lanes.iter_mut().enumerate() {
-                            *lane = Lane::new(strip, LANES * piece + i);
-                        }
-                        let dots = products::<KIND, N, RUN>(&group, &lanes, &mut next);
-                        for i in 0..LANES {
-                            add_group(&group, first_output(LANES * piece + i, N), &dots[i], out);
-                        }
+                each_piece!(groups, pieces, |group, piece, next| {
+                    let mut lanes = [Lane::new(strip, LANES * piece); LANES];
+                    for (i, lane) in lanes.iter_mut().enumerate() {
+                        *lane = Lane::new(strip, LANES * piece + i);
                     }
-                }
+                    let dots = products::<KIND, N, RUN>(&group, &lanes, &mut next);
+                    for i in 0..LANES {
+                        add_group(&group, first_output(LANES * piece + i, N), &dots[i], out);
+                    }
+                });
             }
 
             /// A group times the outputs of some lanes.

@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use crate::kernels::columns::groups::{Fetch, Group, Groups};
+use crate::kernels::columns::groups::{Fetch, Group, Groups, each_piece};
 use crate::kernels::fetch::LINE;
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
@@ -151,20 +151,13 @@ pub(in crate::kernels::x86) fn nibbles_in_pairs(
     out: &mut [f32],
 ) {
     let lines = outputs.start / (2 * LINE)..outputs.end / (2 * LINE);
-    let mut ahead = groups.take();
-    groups.fetch(ahead.as_ref(), 1).step();
-    while let Some(group) = ahead {
-        ahead = groups.take();
-        let mut next = groups.fetch(ahead.as_ref(), lines.len() * group.bundles.len());
+    each_piece!(groups, lines, |group, line, next| {
+        let sums = sums_of_line(&group, line, &mut next);
         let taken_off = 8 * group.count + group.start();
-        for line in lines.clone() {
-            let sums = sums_of_line(&group, line, &mut next);
-            for half in 0..2 {
-                let dots = widen(&sums[half], taken_off);
-                add_group(&group, 2 * LINE * line + 8 * half, &dots, out);
-            }
+        for half in 0..2 {
+            add_group(&group, 2 * LINE * line + 8 * half, &widen(&sums[half], taken_off), out);
         }
-    }
+    });
 }
 
 /// Sums of `(code - 8) * activation` over a group, of the outputs of a line: `[half][bytes 0..8 or 8..16][low or high]`.
@@ -263,7 +256,7 @@ macro_rules! instantiate {
         #[target_feature(enable = $features)]
         fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
             use $crate::kernels::columns::groups::{
-                BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE,
+                BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE, each_piece,
             };
             use $crate::kernels::x86::IQ4_VALUES;
             use $crate::kernels::x86::avx2::columns::{High, add_group, line_of, nibbles_in_pairs, quarters};
@@ -288,16 +281,10 @@ macro_rules! instantiate {
             ) {
                 let high = [High::new(strip, TILE), High::new(strip, TILE / 2)];
                 let halves = outputs.start / (8 * N)..outputs.end / (8 * N);
-                let mut ahead = groups.take();
-                groups.fetch(ahead.as_ref(), 1).step();
-                while let Some(group) = ahead {
-                    ahead = groups.take();
-                    let mut next = groups.fetch(ahead.as_ref(), halves.len() * group.bundles.len());
-                    for half in halves.clone() {
-                        let whole = strip.width >= (line_of(half).1 + 1) * TILE;
-                        half_line::<KIND, N, RUN>(&group, &high[usize::from(!whole)], half, &mut next, out);
-                    }
-                }
+                each_piece!(groups, halves, |group, half, next| {
+                    let whole = strip.width >= (line_of(half).1 + 1) * TILE;
+                    half_line::<KIND, N, RUN>(&group, &high[usize::from(!whole)], half, &mut next, out);
+                });
             }
 
             /// A group times the outputs of half a line.
