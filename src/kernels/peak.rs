@@ -98,21 +98,36 @@ mod x86 {
     }
 
     /// Products of pairs in 16 bits, those in pairs to 32, and the addition: three instructions for what VNNI does in
-    /// one. Each sum has an operand of its own, or one product would serve all.
+    /// one. Each sum has an operand of its own, or one product would serve all. Four rounds in a turn of the loop: with one,
+    /// 30 instructions, Zen 3 is a seventh slower.
     #[target_feature(enable = "avx2")]
     pub fn avx2(rounds: usize) -> i32 {
-        let ones = _mm256_set1_epi16(1);
         let mut sums = [_mm256_setzero_si256(); SUMS_256 as usize];
         let weights = [_mm256_set1_epi8(1); SUMS_256 as usize];
-        for _ in 0..rounds {
-            let a = black_box(_mm256_set1_epi8(1));
+        for _ in 0..rounds / 4 {
             let weights = black_box(&weights);
-            for i in 0..SUMS_256 as usize {
-                let products = _mm256_maddubs_epi16(weights[i], a);
-                sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(products, ones));
+            for a in black_box([_mm256_set1_epi8(1); 4]) {
+                add_products(&mut sums, weights, a);
             }
         }
+        for _ in 0..rounds % 4 {
+            add_products(&mut sums, black_box(&weights), black_box(_mm256_set1_epi8(1)));
+        }
         total(&sums)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    #[allow(clippy::needless_range_loop)] // an iterator's adapters would not be inlined
+    fn add_products(
+        sums: &mut [__m256i; SUMS_256 as usize],
+        weights: &[__m256i; SUMS_256 as usize],
+        a: __m256i,
+    ) {
+        for i in 0..SUMS_256 as usize {
+            let products = _mm256_maddubs_epi16(weights[i], a);
+            sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+        }
     }
 
     #[target_feature(enable = "avx2")]

@@ -6,15 +6,20 @@
 //! With `maddubs` the costly part is widening its 16-bit sums. For weights of few bits several of them
 //! fit before that is due: a *run* is the longest sequence of column groups of four whose sums of
 //! `2 * max * 127` each stay below 2^15.
+//!
+//! The innermost steps are in assembler: the compiler moves the loads of a whole group to the front,
+//! for which there are no registers, and more than doubles the instructions with what it spills.
 
 use std::arch::x86_64::*;
 
-use crate::kernels::PANEL_ROWS;
+use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel, Q8Rows};
 
 /// Most tokens in a micro-kernel of any way to multiply.
 pub(in crate::kernels::x86) const MAX_TOKENS: usize = 6;
 /// Rows in the micro-kernel.
 pub(in crate::kernels::x86) const ROWS: usize = 16;
+/// Most groups in a panel.
+pub(in crate::kernels::x86) const GROUPS: usize = PANEL_COLS / 16;
 
 /// `[row][col]` to `[col / 4][row][col % 4]`: 8 x 8 transpositions of four-byte elements.
 #[target_feature(enable = "avx2")]
@@ -63,6 +68,53 @@ fn transpose8(y: [__m256i; 8]) -> [__m256i; 8] {
     out
 }
 
+/// What each group of a token begins with, `-zero * sum`, or the bits of what it adds for a minimum, `a_scale * sum`: made
+/// at once for the tokens from `t` on, so that the kernel need but broadcast it from memory.
+#[target_feature(enable = "avx2")]
+#[allow(clippy::needless_range_loop)] // an iterator's adapters would not be inlined
+pub(in crate::kernels::x86) fn constants<const G: usize, const MIN: bool>(
+    panel: &Panel,
+    x: Q8Rows<'_>,
+    t: usize,
+    to: &mut [[i32; GROUPS]],
+) {
+    let zero = -i32::from(panel.zero);
+    let groups = panel.cols / G;
+    for i in 0..to.len() {
+        let sum = &x.sum[(t + i) * (x.stride / 16)..][..panel.cols / 16];
+        let scale = &x.scale[(t + i) * (x.stride / 32)..][..panel.cols / 32];
+        let to = &mut to[i][..groups];
+        let whole = groups / 8 * 8;
+        for g in (0..whole).step_by(8) {
+            // SAFETY: eight groups from `g` on, each of which has a sum (or two) and a scale (or half of one).
+            unsafe {
+                let load = |at| _mm256_loadu_si256(sum.as_ptr().add(at).cast());
+                let (sums, scale) = if G == 32 {
+                    // `hadd` adds in 128-bit lanes: the permutation puts their halves in order.
+                    let sums = _mm256_hadd_epi32(load(2 * g), load(2 * g + 8));
+                    let scale = _mm256_loadu_ps(scale.as_ptr().add(g));
+                    (_mm256_permute4x64_epi64::<0b11_01_10_00>(sums), scale)
+                } else {
+                    let four = _mm256_castps128_ps256(_mm_loadu_ps(scale.as_ptr().add(g / 2)));
+                    let twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+                    (load(g), _mm256_permutevar8x32_ps(four, twice))
+                };
+                let constants = if MIN {
+                    _mm256_castps_si256(_mm256_mul_ps(scale, _mm256_cvtepi32_ps(sums)))
+                } else {
+                    _mm256_mullo_epi32(sums, _mm256_set1_epi32(zero))
+                };
+                _mm256_storeu_si256(to.as_mut_ptr().add(g).cast(), constants);
+            }
+        }
+        for g in whole..groups {
+            let of_group = if G == 32 { sum[2 * g] + sum[2 * g + 1] } else { sum[g] };
+            let factor = scale[g * G / 32];
+            to[g] = if MIN { (factor * of_group as f32).to_bits() as i32 } else { zero * of_group };
+        }
+    }
+}
+
 /// The function `gemm` (see `Kernels::gemm`), compiled with `$features` and multiplying with the
 /// functions of the module `$multiply`.
 macro_rules! instantiate {
@@ -70,20 +122,8 @@ macro_rules! instantiate {
         #[target_feature(enable = $features)]
         fn gemm(panel: &Panel, x: Q8Rows<'_>, acc: &mut [f32]) {
             use $crate::kernels::PANEL_ROWS;
-            use $crate::kernels::x86::avx2::gemm::{MAX_TOKENS, ROWS};
+            use $crate::kernels::x86::avx2::gemm::{GROUPS, MAX_TOKENS, ROWS, constants};
             use $multiply as multiply;
-
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn add(sum: __m256i, w: __m256i, a: __m256i) -> __m256i {
-                multiply::close(sum, multiply::add(multiply::open(sum), w, a))
-            }
-
-            #[inline]
-            #[target_feature(enable = $features)]
-            fn add2(sum: __m256i, w: __m256i, a: __m256i, v: __m256i, b: __m256i) -> __m256i {
-                multiply::close(sum, multiply::add(multiply::add(multiply::open(sum), w, a), v, b))
-            }
 
             #[inline]
             #[target_feature(enable = $features)]
@@ -108,8 +148,61 @@ macro_rules! instantiate {
                 }
             }
 
+            /// Products of the `4 * RUN` columns from `col` on of `T` tokens, `stride` bytes apart from `a` on, with as
+            /// many columns of 16 rows at `w`, added to `dots`. `SIGNED` weights are multiplied by the sign trick of `dot`.
+            ///
+            /// # Safety
+            /// These columns can be read of each token, and as many times [`PANEL_ROWS`] weights, which are aligned to a
+            /// register.
+            #[inline]
+            #[target_feature(enable = $features)]
+            #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
+            unsafe fn run<const T: usize, const RUN: usize, const SIGNED: bool>(
+                dots: &mut [[__m256i; 2]; T],
+                w: *const u8,
+                (a, stride): (*const i8, usize),
+                col: usize,
+            ) {
+                // SAFETY: columns `col..col + 4 * RUN` of tokens below `T` and of 16 rows, as the caller promises.
+                unsafe {
+                    let weights = |c: usize| {
+                        let w = w.add(c * PANEL_ROWS * 4);
+                        [_mm256_load_si256(w.cast()), _mm256_load_si256(w.add(32).cast())]
+                    };
+                    if SIGNED {
+                        let high_bit = _mm256_set1_epi8(-128);
+                        let [w0, w1] = weights(0);
+                        let w = [_mm256_xor_si256(w0, high_bit), _mm256_xor_si256(w1, high_bit)];
+                        let size = [_mm256_abs_epi8(w[0]), _mm256_abs_epi8(w[1])];
+                        for i in 0..T {
+                            multiply::add4_signed(&mut dots[i], w, size, (a.add(i * stride), col));
+                        }
+                    } else if RUN == 2 {
+                        // Short runs need no register for each sum if a token is finished before the next begins.
+                        let (w, v) = (weights(0), weights(1));
+                        for i in 0..T {
+                            multiply::add8(&mut dots[i], [w, v], (a.add(i * stride), col));
+                        }
+                    } else {
+                        let mut sums = *dots;
+                        for i in 0..T {
+                            sums[i] = [multiply::open(dots[i][0]), multiply::open(dots[i][1])];
+                        }
+                        for c in 0..RUN {
+                            let w = weights(c);
+                            for i in 0..T {
+                                multiply::add4(&mut sums[i], w, (a.add(i * stride), col + 4 * c));
+                            }
+                        }
+                        for i in 0..T {
+                            let [s0, s1] = sums[i];
+                            dots[i] = [multiply::close(dots[i][0], s0), multiply::close(dots[i][1], s1)];
+                        }
+                    }
+                }
+            }
+
             /// `T` tokens from `t` on by 32 rows, in groups of `G` columns, of which a run is `4 * RUN`.
-            /// `SIGNED` weights are multiplied by the sign trick of `dot`.
             #[target_feature(enable = $features)]
             #[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
             fn kernel<
@@ -131,93 +224,37 @@ macro_rules! instantiate {
                 assert!(last * x.stride + panel.cols <= x.q.len());
                 assert!(last * (x.stride / 32) + panel.cols / 32 <= x.scale.len());
                 assert!(last * (x.stride / 16) + panel.cols / 16 <= x.sum.len());
-                let zero = -i32::from(panel.zero);
-                let high_bit = _mm256_set1_epi8(-128);
+                let mut constant = [[0i32; GROUPS]; T];
+                constants::<G, MIN>(panel, x, t, &mut constant);
                 // SAFETY: every offset below is within the lengths just asserted: token
                 // `t + i < t + T`, column below `panel.cols`, group below `groups`, 32 rows a group of
-                // the panel and of `acc`.
+                // the panel and of `acc`. `panel.q` is aligned to a cache line.
                 unsafe {
                     let q = x.q.as_ptr().add(t * x.stride);
                     let scale = x.scale.as_ptr().add(t * (x.stride / 32));
-                    let sum = x.sum.as_ptr().add(t * (x.stride / 16));
                     for row in (0..PANEL_ROWS).step_by(ROWS) {
                         for g in 0..groups {
-                            let group_sum = |i: usize| {
-                                let at = sum.add(i * (x.stride / 16) + g * G / 16);
-                                if G == 32 { *at + *at.add(1) } else { *at }
-                            };
                             // Plain loops: a closure given to `map` or `from_fn` is a call from a function
                             // without the features, and the sums would live in memory.
                             let mut dots = [[_mm256_setzero_si256(); 2]; T];
                             if !MIN && !SIGNED {
                                 for i in 0..T {
-                                    dots[i] = [_mm256_set1_epi32(zero * group_sum(i)); 2];
+                                    dots[i] = [_mm256_set1_epi32(*constant[i].get_unchecked(g)); 2];
                                 }
                             }
-                            for run in 0..G / 4 / RUN {
-                                let quad = g * (G / 4) + run * RUN;
+                            for from in (0..G / 4).step_by(RUN) {
+                                let quad = g * (G / 4) + from;
                                 let w = panel.q.0.as_ptr().add((quad * PANEL_ROWS + row) * 4);
-                                let weights = |c: usize, h: usize| {
-                                    _mm256_load_si256(w.add(c * PANEL_ROWS * 4 + h * 32).cast())
-                                };
-                                let a = q.add(quad * 4);
-                                let four = |i: usize, c: usize| {
-                                    let at = a.add(i * x.stride + c * 4).cast::<i32>();
-                                    _mm256_set1_epi32(at.read_unaligned())
-                                };
-                                if SIGNED {
-                                    let w0 = _mm256_xor_si256(weights(0, 0), high_bit);
-                                    let w1 = _mm256_xor_si256(weights(0, 1), high_bit);
-                                    let (size0, size1) = (_mm256_abs_epi8(w0), _mm256_abs_epi8(w1));
-                                    for i in 0..T {
-                                        let a = four(i, 0);
-                                        dots[i] = [
-                                            add(dots[i][0], size0, _mm256_sign_epi8(a, w0)),
-                                            add(dots[i][1], size1, _mm256_sign_epi8(a, w1)),
-                                        ];
-                                    }
-                                } else if RUN == 2 {
-                                    // Short runs need no register for each sum if a token is finished
-                                    // before the next begins.
-                                    let (w0, w1) = (weights(0, 0), weights(0, 1));
-                                    let (v0, v1) = (weights(1, 0), weights(1, 1));
-                                    for i in 0..T {
-                                        let (a, b) = (four(i, 0), four(i, 1));
-                                        dots[i] =
-                                            [add2(dots[i][0], w0, a, v0, b), add2(dots[i][1], w1, a, v1, b)];
-                                    }
-                                } else {
-                                    let mut sums = dots;
-                                    for i in 0..T {
-                                        sums[i] = [multiply::open(dots[i][0]), multiply::open(dots[i][1])];
-                                    }
-                                    for c in 0..RUN {
-                                        let (w0, w1) = (weights(c, 0), weights(c, 1));
-                                        for i in 0..T {
-                                            let a = four(i, c);
-                                            sums[i] = [
-                                                multiply::add(sums[i][0], w0, a),
-                                                multiply::add(sums[i][1], w1, a),
-                                            ];
-                                        }
-                                    }
-                                    for i in 0..T {
-                                        dots[i] = [
-                                            multiply::close(dots[i][0], sums[i][0]),
-                                            multiply::close(dots[i][1], sums[i][1]),
-                                        ];
-                                    }
-                                }
+                                run::<T, RUN, SIGNED>(&mut dots, w, (q, x.stride), 4 * quad);
                             }
                             let w_scale = panel.scale.as_ptr().add(g * PANEL_ROWS + row);
                             let w_min = panel.min.as_ptr().add(g * PANEL_ROWS + row);
                             for i in 0..T {
-                                let a_scale = *scale.add(i * (x.stride / 32) + g * G / 32);
-                                let a_sum = if MIN { a_scale * group_sum(i) as f32 } else { 0.0 };
+                                let a_scale = _mm256_set1_ps(*scale.add(i * (x.stride / 32) + g * G / 32));
+                                let a_sum = f32::from_bits(*constant[i].get_unchecked(g) as u32);
                                 for h in 0..2 {
                                     let at = acc.as_mut_ptr().add(i * PANEL_ROWS + row + 8 * h);
-                                    let w_scale = _mm256_loadu_ps(w_scale.add(8 * h));
-                                    let both = _mm256_mul_ps(w_scale, _mm256_set1_ps(a_scale));
+                                    let both = _mm256_mul_ps(_mm256_loadu_ps(w_scale.add(8 * h)), a_scale);
                                     let products = _mm256_cvtepi32_ps(dots[i][h]);
                                     let mut total = _mm256_fmadd_ps(products, both, _mm256_loadu_ps(at));
                                     if MIN {
@@ -235,7 +272,9 @@ macro_rules! instantiate {
             const { assert!(multiply::TOKENS <= MAX_TOKENS) };
             let mut t = 0;
             while t < x.rows {
-                let n = (x.rows - t).min(multiply::TOKENS);
+                // As many in each as in any other: one token left over would take as long as several.
+                let rest = x.rows - t;
+                let n = rest.div_ceil(rest.div_ceil(multiply::TOKENS));
                 let acc = &mut acc[t * PANEL_ROWS..][..n * PANEL_ROWS];
                 match n {
                     6 => tokens::<6>(panel, x, t, acc),

@@ -45,8 +45,11 @@ columns::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 gemm::instantiate!("avx2,fma,f16c", crate::kernels::x86::avx2::maddubs);
 
 /// Byte products in two steps: `add` sums them up in 16 bits and `close` adds those sums to a sum of
-/// 32 bits, from which [`open`](maddubs::open) began.
+/// 32 bits, from which [`open`](maddubs::open) began. `gemm` has steps of its own: [`add4`](maddubs::add4) adds the
+/// products of four columns of 16 rows with a token's to sums of 16 bits, [`add8`](maddubs::add8) those of eight columns
+/// to sums of 32, [`add4_signed`](maddubs::add4_signed) those of four columns of signed weights.
 mod maddubs {
+    use std::arch::asm;
     use std::arch::x86_64::*;
 
     /// Weights up to this are multiplied unsigned; beyond, two products might saturate.
@@ -71,6 +74,118 @@ mod maddubs {
     pub fn close(sum: __m256i, sums: __m256i) -> __m256i {
         _mm256_add_epi32(sum, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)))
     }
+
+    /// # Safety
+    /// Four bytes can be read at `a` + `at`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn add4(sums: &mut [__m256i; 2], w: [__m256i; 2], (a, at): (*const i8, usize)) {
+        let (_four, _products): (__m256i, __m256i);
+        // SAFETY: reads four bytes, as the caller promises, and changes nothing but its outputs.
+        unsafe {
+            asm!(
+                "vpbroadcastd {four}, dword ptr [{a} + {at}]",
+                "vpmaddubsw {products}, {w0}, {four}",
+                "vpmaddubsw {four}, {w1}, {four}",
+                "vpaddw {sums0}, {sums0}, {products}",
+                "vpaddw {sums1}, {sums1}, {four}",
+                four = out(ymm_reg) _four,
+                products = out(ymm_reg) _products,
+                sums0 = inout(ymm_reg) sums[0],
+                sums1 = inout(ymm_reg) sums[1],
+                w0 = in(ymm_reg) w[0],
+                w1 = in(ymm_reg) w[1],
+                a = in(reg) a,
+                at = in(reg) at,
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// # Safety
+    /// Eight bytes can be read at `a` + `at`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn add8(dots: &mut [__m256i; 2], [w, v]: [[__m256i; 2]; 2], (a, at): (*const i8, usize)) {
+        let (_four, _next, _first, _second): (__m256i, __m256i, __m256i, __m256i);
+        // SAFETY: reads eight bytes, as the caller promises, and `ONES`; changes nothing but its outputs.
+        unsafe {
+            asm!(
+                "vpbroadcastd {four}, dword ptr [{a} + {at}]",
+                "vpbroadcastd {next}, dword ptr [{a} + {at} + 4]",
+                "vpmaddubsw {first}, {w0}, {four}",
+                "vpmaddubsw {second}, {v0}, {next}",
+                "vpmaddubsw {four}, {w1}, {four}",
+                "vpmaddubsw {next}, {v1}, {next}",
+                "vpaddw {first}, {first}, {second}",
+                "vpaddw {four}, {four}, {next}",
+                "vpmaddwd {first}, {first}, ymmword ptr [{ones}]",
+                "vpmaddwd {four}, {four}, ymmword ptr [{ones}]",
+                "vpaddd {dots0}, {dots0}, {first}",
+                "vpaddd {dots1}, {dots1}, {four}",
+                four = out(ymm_reg) _four,
+                next = out(ymm_reg) _next,
+                first = out(ymm_reg) _first,
+                second = out(ymm_reg) _second,
+                dots0 = inout(ymm_reg) dots[0],
+                dots1 = inout(ymm_reg) dots[1],
+                w0 = in(ymm_reg) w[0],
+                w1 = in(ymm_reg) w[1],
+                v0 = in(ymm_reg) v[0],
+                v1 = in(ymm_reg) v[1],
+                a = in(reg) a,
+                at = in(reg) at,
+                ones = in(reg) &raw const ONES,
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// `size`: the magnitudes of `w`.
+    ///
+    /// # Safety
+    /// Four bytes can be read at `a` + `at`.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub unsafe fn add4_signed(
+        dots: &mut [__m256i; 2],
+        w: [__m256i; 2],
+        size: [__m256i; 2],
+        (a, at): (*const i8, usize),
+    ) {
+        let (_four, _products): (__m256i, __m256i);
+        // SAFETY: reads four bytes, as the caller promises, and `ONES`; changes nothing but its outputs.
+        unsafe {
+            asm!(
+                "vpbroadcastd {four}, dword ptr [{a} + {at}]",
+                "vpsignb {products}, {four}, {w0}",
+                "vpsignb {four}, {four}, {w1}",
+                "vpmaddubsw {products}, {size0}, {products}",
+                "vpmaddubsw {four}, {size1}, {four}",
+                "vpmaddwd {products}, {products}, ymmword ptr [{ones}]",
+                "vpmaddwd {four}, {four}, ymmword ptr [{ones}]",
+                "vpaddd {dots0}, {dots0}, {products}",
+                "vpaddd {dots1}, {dots1}, {four}",
+                four = out(ymm_reg) _four,
+                products = out(ymm_reg) _products,
+                dots0 = inout(ymm_reg) dots[0],
+                dots1 = inout(ymm_reg) dots[1],
+                w0 = in(ymm_reg) w[0],
+                w1 = in(ymm_reg) w[1],
+                size0 = in(ymm_reg) size[0],
+                size1 = in(ymm_reg) size[1],
+                a = in(reg) a,
+                at = in(reg) at,
+                ones = in(reg) &raw const ONES,
+                options(readonly, nostack, preserves_flags),
+            );
+        }
+    }
+
+    /// 16 words of 1.
+    #[repr(align(32))]
+    struct Ones(#[allow(dead_code)] [i16; 16]); // read by `asm!` alone
+    static ONES: Ones = Ones([1; 16]);
 }
 
 instantiate!(FLOAT, true, ["avx2", "fma", "f16c"], |b: &[u16; 16]| widen16(b));

@@ -32,8 +32,9 @@ avx2::gemm::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::
 
 /// The functions of `avx2::maddubs` in one step: products go to the sum of 32 bits at once.
 macro_rules! dpbusd {
-    ($features:literal, $instruction:ident) => {
+    ($features:literal, $instruction:ident, $encoding:literal) => {
         mod dpbusd {
+            use std::arch::asm;
             use std::arch::x86_64::*;
 
             pub const MAX: u8 = 255;
@@ -57,11 +58,53 @@ macro_rules! dpbusd {
             pub fn close(_sum: __m256i, sum: __m256i) -> __m256i {
                 sum
             }
+
+            /// # Safety
+            /// Four bytes can be read at `a` + `at`.
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub unsafe fn add4(dots: &mut [__m256i; 2], w: [__m256i; 2], (a, at): (*const i8, usize)) {
+                let _four: __m256i;
+                // SAFETY: reads four bytes, as the caller promises, and changes nothing but its outputs.
+                unsafe {
+                    asm!(
+                        "vpbroadcastd {four}, dword ptr [{a} + {at}]",
+                        concat!($encoding, "vpdpbusd {dots0}, {w0}, {four}"),
+                        concat!($encoding, "vpdpbusd {dots1}, {w1}, {four}"),
+                        four = out(ymm_reg) _four,
+                        dots0 = inout(ymm_reg) dots[0],
+                        dots1 = inout(ymm_reg) dots[1],
+                        w0 = in(ymm_reg) w[0],
+                        w1 = in(ymm_reg) w[1],
+                        a = in(reg) a,
+                at = in(reg) at,
+                        options(readonly, nostack, preserves_flags),
+                    );
+                }
+            }
+
+            /// # Safety
+            /// Eight bytes can be read at `a` + `at`.
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub unsafe fn add8(dots: &mut [__m256i; 2], [w, v]: [[__m256i; 2]; 2], (a, at): (*const i8, usize)) {
+                // SAFETY: eight bytes, as the caller promises.
+                unsafe {
+                    add4(dots, w, (a, at));
+                    add4(dots, v, (a, at + 4));
+                }
+            }
+
+            /// # Safety
+            /// None: no byte is too great to be multiplied unsigned.
+            pub unsafe fn add4_signed(_: &mut [__m256i; 2], _: [__m256i; 2], _: [__m256i; 2], _: (*const i8, usize)) {
+                unreachable!("no weight is greater than MAX")
+            }
         }
     };
 }
 
-dpbusd!("avx2,avxvnni", _mm256_dpbusd_avx_epi32);
+dpbusd!("avx2,avxvnni", _mm256_dpbusd_avx_epi32, "{{vex}} ");
 
 /// The same with the EVEX encoding of the instruction, so that the source of this row is also tested
 /// on the CPUs with AVX-512 that lack AVX-VNNI.
@@ -94,5 +137,5 @@ pub(in crate::kernels) mod evex {
         crate::kernels::x86::avxvnni::evex::dpbusd
     );
     avx2::gemm::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
-    dpbusd!("avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32);
+    dpbusd!("avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32, "");
 }
