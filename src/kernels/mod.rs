@@ -228,34 +228,34 @@ impl Kernels {
         let bytes = PanelBytes::new(ty, &cols, row_bytes);
         let (n, groups) = (cols.len(), panel.groups());
         bytes.fetch_first(weights.chunks_exact(row_bytes));
-        let (mut scale, mut min) = ([0f32; PANEL_COLS / 16], [0f32; PANEL_COLS / 16]);
-        if rows < PANEL_ROWS {
-            panel.plain[..PANEL_ROWS * n].fill(0);
-            panel.scale.fill(0.0);
-            panel.min.fill(0.0);
-        }
+        let stride = groups.next_multiple_of(8);
+        let plain = &mut panel.plain[..PANEL_ROWS * n];
+        let scale = &mut panel.plain_scale[..PANEL_ROWS * stride];
+        let min = &mut panel.plain_min[..PANEL_ROWS * stride];
+        plain[rows * n..].fill(0);
+        scale[rows * stride..].fill(0.0);
+        min[rows * stride..].fill(0.0);
         for (r, row) in weights.chunks_exact(row_bytes).enumerate() {
-            let q = &mut panel.plain[r * n..][..n];
+            let q = &mut plain[r * n..][..n];
+            let (scale, min) = (&mut scale[r * stride..][..groups], &mut min[r * stride..][..groups]);
             // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each
             // weight and group of the blocks.
-            unsafe {
-                (self.isa.functions.unpack)(
-                    ty,
-                    &row[bytes.now.clone()],
-                    q,
-                    &mut scale[..groups],
-                    &mut min[..groups],
-                )
-            };
+            unsafe { (self.isa.functions.unpack)(ty, &row[bytes.now.clone()], q, scale, min) };
             bytes.fetch_next(row);
-            for g in 0..groups {
-                panel.scale[g * PANEL_ROWS + r] = scale[g];
-                panel.min[g * PANEL_ROWS + r] = min[g];
-            }
         }
-        let (plain, q) = (&panel.plain[..PANEL_ROWS * n], &mut panel.q.0[..PANEL_ROWS * n]);
-        // SAFETY: the handle proves the ISA; both hold `PANEL_ROWS * n` bytes, `n` a multiple of 16.
-        unsafe { (self.isa.functions.interleave)(plain, n, q) }
+        self.interleave(plain, n, &mut panel.q.0);
+        // A scale has four bytes: as many as the columns that are a lane.
+        self.interleave(bytemuck::cast_slice(scale), 4 * stride, bytemuck::cast_slice_mut(&mut panel.scale));
+        if panel.has_min {
+            self.interleave(bytemuck::cast_slice(min), 4 * stride, bytemuck::cast_slice_mut(&mut panel.min));
+        }
+    }
+
+    /// `[row][col]` to `[col / 4][row][col % 4]`, of [`PANEL_ROWS`] rows.
+    fn interleave(&self, plain: &[u8], cols: usize, to: &mut [u8]) {
+        assert!(plain.len() == PANEL_ROWS * cols && cols.is_multiple_of(32));
+        // SAFETY: the handle proves the ISA; both hold `PANEL_ROWS * cols` bytes, `cols` a multiple of 32.
+        unsafe { (self.isa.functions.interleave)(plain, cols, &mut to[..PANEL_ROWS * cols]) }
     }
 
     /// `acc[t][r] += panel[r] . x[t]` for every row `t` of `x` and the 32 rows `r` of the panel.
@@ -313,13 +313,15 @@ pub struct Panel {
     /// No byte is greater.
     max: u8,
     has_min: bool,
-    /// Row-major `[row][col]`: what `unpack` writes.
+    /// Row-major, `[row][col]` and `[row][group]`, rows of groups padded: what `unpack` writes.
     plain: Box<[u8]>,
+    plain_scale: Box<[f32]>,
+    plain_min: Box<[f32]>,
     /// `[col / 4][row][col % 4]`: four columns of a row are a lane of the byte dot product.
     q: Box<Line>,
     /// `[group][row]`
     scale: Box<[f32]>,
-    /// `[group][row]`
+    /// `[group][row]`; of a type that has minima.
     min: Box<[f32]>,
 }
 
@@ -332,6 +334,8 @@ impl Default for Panel {
             max: 0,
             has_min: false,
             plain: vec![0; PANEL_ROWS * PANEL_COLS].into(),
+            plain_scale: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),
+            plain_min: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),
             q: Box::new(Line([0; PANEL_ROWS * PANEL_COLS])),
             scale: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),
             min: vec![0.0; PANEL_ROWS * PANEL_COLS / 16].into(),

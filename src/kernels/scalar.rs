@@ -87,7 +87,8 @@ fn gemm(panel: &Panel, x: Q8Rows<'_>, acc: &mut [f32]) {
                 let sum: i32 = a.iter().map(|&a| i32::from(a)).sum();
                 let at = g * PANEL_ROWS + r;
                 let a_scale = x.scale[t * (x.stride / 32) + g * group / 32];
-                *acc += a_scale * (panel.scale[at] * product as f32 + panel.min[at] * sum as f32);
+                let min = if panel.has_min { panel.min[at] * sum as f32 } else { 0.0 };
+                *acc += a_scale * (panel.scale[at] * product as f32 + min);
             }
         }
     }

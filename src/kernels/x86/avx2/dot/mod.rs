@@ -31,6 +31,10 @@ use legacy::{quad_q4_0, quad_q4_1, quad_q5_0, quad_q5_1, quad_signed};
 const QUAD: usize = 4;
 /// Quads of a step, which share the preparation of activations.
 const QUADS: usize = 2;
+/// The same where activations are of several tokens and rows are short: what is multiplied before the first bytes fetched
+/// are needed, [`FEW_BYTES`] at most, waits for memory.
+const QUADS_OF_TOKENS: usize = 4;
+const FEW_BYTES: usize = 16 << 10;
 /// Least distance in bytes between what is multiplied and what is fetched.
 const PREFETCH: usize = 4096;
 
@@ -86,7 +90,10 @@ fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
     let ahead = (QUAD * Q * row_bytes).max(PREFETCH);
     let mut acc = [[_mm256_setzero_ps(); T]; Q];
     for s in 0..row_bytes.div_ceil(BYTES) {
-        let a = acts_of(x, s, &acts);
+        let mut a = [acts(&x[0], s); T];
+        for t in 1..T {
+            a[t] = acts(&x[t], s);
+        }
         for q in 0..Q {
             let rows = if s < whole {
                 let [r0, r1, r2, r3] = steps[q];
@@ -99,21 +106,6 @@ fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
         }
     }
     acc
-}
-
-/// What `acts` makes of step `s` of each token.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn acts_of<'x, A: Copy, const T: usize>(
-    x: &[Q8Row<'x>; T],
-    s: usize,
-    acts: &impl Fn(&Q8Row<'x>, usize) -> A,
-) -> [A; T] {
-    let mut all = [acts(&x[0], s); T];
-    for t in 1..T {
-        all[t] = acts(&x[t], s);
-    }
-    all
 }
 
 /// Products of rows of a type, `BYTES` bytes a step: `acts(x, step)` prepares a token's activations, `quad(bytes, acts,
@@ -131,7 +123,11 @@ fn multiply<'x, A: Copy, const BYTES: usize, const T: usize>(
     let (n, mut done) = (out[0].len(), 0);
     while done < n {
         let (w, left) = (&weights[done * row_bytes..], n - done);
-        if left > QUAD {
+        if T > 1 && left > QUAD * QUADS && QUAD * QUADS_OF_TOKENS * row_bytes <= FEW_BYTES {
+            let sums = rows::<_, BYTES, QUADS_OF_TOKENS, T>(w, row_bytes, left, x, &acts, &quad);
+            store(&sums, done, &mut out);
+            done += QUAD * QUADS_OF_TOKENS;
+        } else if left > QUAD {
             let sums = rows::<_, BYTES, QUADS, T>(w, row_bytes, left, x, &acts, &quad);
             store(&sums, done, &mut out);
             done += QUAD * QUADS;
