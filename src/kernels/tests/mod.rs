@@ -196,7 +196,7 @@ fn products_of_several_tokens_are_those_of_each() {
     let mut rng = Rng(17);
     for k in kernels_under_test() {
         for ty in quantised_types() {
-            for (cols, rows) in columns(ty).into_iter().zip([1, 4, 5, 6, 9, 3, 2, 8, 7]) {
+            for (cols, rows) in columns(ty).into_iter().zip([1, 4, 5, 13, 9, 17, 2, 8, 7]) {
                 for tokens in [1, 2, 3, 4, 7, 9] {
                     let w = weights(&mut rng, ty, rows, cols);
                     let acts = activations(&mut rng, k, tokens, cols);
@@ -216,20 +216,20 @@ fn products_of_several_tokens_are_those_of_each() {
 #[test]
 fn unpacked_panels_equal_scalar() {
     let mut rng = Rng(13);
+    let (mut a, mut b) = (Panel::default(), Panel::default());
     for k in kernels_under_test() {
         for ty in quantised_types() {
             let cols = 512.max(ty.block_len() * 3);
             for rows in [1, 31, 32] {
                 let w = weights(&mut rng, ty, rows, cols);
                 for range in [0..ty.block_len(), 0..512, 256..512, 256..256 + ty.block_len()] {
-                    let (mut a, mut b) = (Panel::default(), Panel::default());
                     k.unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut a);
                     scalar().unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut b);
                     let n = range.len() * PANEL_ROWS;
                     let g = a.groups() * PANEL_ROWS;
                     assert!(a.q.0[..n] == b.q.0[..n], "{} {ty} {rows} {range:?}", k.name());
                     assert_eq!(a.scale[..g], b.scale[..g], "{} {ty} {rows} {range:?}", k.name());
-                    assert_eq!(a.min[..g], b.min[..g], "{} {ty} {rows} {range:?}", k.name());
+                    assert!(!a.has_min || a.min[..g] == b.min[..g], "{} {ty} {rows} {range:?}", k.name());
                 }
             }
         }
@@ -239,13 +239,14 @@ fn unpacked_panels_equal_scalar() {
 #[test]
 fn gemm_equals_scalar() {
     let mut rng = Rng(17);
+    // Nothing of a panel is left over for the next type.
+    let mut panel = Panel::default();
     for k in kernels_under_test() {
         for ty in quantised_types() {
-            for (tokens, cols) in [(1, 1), (2, 2), (3, 1), (5, 2), (6, 2), (7, 1), (13, 2), (32, 2)] {
+            for (tokens, cols) in [(1, 1), (2, 2), (3, 9), (5, 2), (6, 16), (7, 1), (13, 2), (32, 2)] {
                 let cols = (cols * ty.block_len()).min(512);
                 let w = weights(&mut rng, ty, 32, cols);
                 let acts = activations(&mut rng, scalar(), tokens, cols);
-                let mut panel = Panel::default();
                 scalar().unpack(ty, &w, ty.row_bytes(cols), 0..cols, &mut panel);
                 let (mut got, mut want) = (vec![0.5; tokens * 32], vec![0.5; tokens * 32]);
                 k.gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut got);
