@@ -228,7 +228,8 @@ macro_rules! instantiate {
                 constants::<G, MIN>(panel, x, t, &mut constant);
                 // SAFETY: every offset below is within the lengths just asserted: token
                 // `t + i < t + T`, column below `panel.cols`, group below `groups`, 32 rows a group of
-                // the panel and of `acc`. `panel.q` is aligned to a cache line.
+                // the panel and of `acc`. `panel.q` is aligned to a cache line. That a token's constants are as
+                // many as groups, `constants` has checked.
                 unsafe {
                     let q = x.q.as_ptr().add(t * x.stride);
                     let scale = x.scale.as_ptr().add(t * (x.stride / 32));

@@ -77,7 +77,7 @@ macro_rules! dpbusd {
                         w0 = in(ymm_reg) w[0],
                         w1 = in(ymm_reg) w[1],
                         a = in(reg) a,
-                at = in(reg) at,
+                        at = in(reg) at,
                         options(readonly, nostack, preserves_flags),
                     );
                 }
@@ -87,7 +87,11 @@ macro_rules! dpbusd {
             /// Eight bytes can be read at `a` + `at`.
             #[inline]
             #[target_feature(enable = $features)]
-            pub unsafe fn add8(dots: &mut [__m256i; 2], [w, v]: [[__m256i; 2]; 2], (a, at): (*const i8, usize)) {
+            pub unsafe fn add8(
+                dots: &mut [__m256i; 2],
+                [w, v]: [[__m256i; 2]; 2],
+                (a, at): (*const i8, usize),
+            ) {
                 // SAFETY: eight bytes, as the caller promises.
                 unsafe {
                     add4(dots, w, (a, at));
@@ -97,7 +101,12 @@ macro_rules! dpbusd {
 
             /// # Safety
             /// None: no byte is too great to be multiplied unsigned.
-            pub unsafe fn add4_signed(_: &mut [__m256i; 2], _: [__m256i; 2], _: [__m256i; 2], _: (*const i8, usize)) {
+            pub unsafe fn add4_signed(
+                _: &mut [__m256i; 2],
+                _: [__m256i; 2],
+                _: [__m256i; 2],
+                _: (*const i8, usize),
+            ) {
                 unreachable!("no weight is greater than MAX")
             }
         }
