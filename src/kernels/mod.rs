@@ -33,6 +33,7 @@ pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
 mod layout;
 mod peak;
+mod rows;
 mod scalar;
 #[cfg(test)]
 mod tests;
@@ -50,6 +51,7 @@ pub use activations::{Activations, Q8Row, Q8Rows};
 pub use columns::ColumnList;
 use fetch::PanelBytes;
 pub use peak::sum_of;
+use rows::Listed;
 
 /// Weight rows in a [`Panel`].
 pub const PANEL_ROWS: usize = 32;
@@ -62,6 +64,7 @@ pub const PANEL_COLS: usize = 512;
 struct Functions {
     quantize: unsafe fn(&[f32], &mut [i8], &mut [f32], &mut [i32]),
     dot: unsafe fn(GgmlType, &[u8], usize, Q8Row<'_>, &mut [f32]),
+    dot_listed: unsafe fn(GgmlType, Listed<'_>, Q8Row<'_>, &mut [f32]),
     /// Several tokens, where that is better than one after the other.
     dot_tokens: Option<unsafe fn(GgmlType, &[u8], usize, &Activations, &mut [f32])>,
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
@@ -188,6 +191,26 @@ impl Kernels {
         }
         // SAFETY: the handle proves the ISA; the lengths were just asserted.
         unsafe { (self.isa.functions.dot)(ty, weights, row_bytes, x, out) }
+    }
+
+    /// `out[i] = weights[rows[i]] . x`, each bit-identical to the one of [`dot`](Self::dot): only the rows that `rows` names
+    /// are read. They should rise, as the file has them.
+    ///
+    /// # Panics
+    /// As `dot`, or if a row is not there.
+    pub fn dot_listed(&self, ty: GgmlType, weights: &[u8], rows: &[u32], x: Q8Row<'_>, out: &mut [f32]) {
+        let row_bytes = ty.row_bytes(x.cols);
+        assert!(quant::is_quantised(ty) && x.cols.is_multiple_of(ty.block_len()));
+        assert!(x.q.len().is_multiple_of(256) && x.q.len() >= x.cols);
+        assert!(x.scale.len() == x.q.len() / 32 && x.sum.len() == x.q.len() / 16);
+        assert_eq!(rows.len(), out.len());
+        if out.is_empty() || x.cols == 0 {
+            return out.fill(0.0);
+        }
+        let last = rows.iter().fold(0, |last, &row| row.max(last)) as usize;
+        assert!((last + 1) * row_bytes <= weights.len());
+        // SAFETY: the handle proves the ISA; the lengths and the rows' numbers were just asserted.
+        unsafe { (self.isa.functions.dot_listed)(ty, Listed { weights, row_bytes, list: rows }, x, out) }
     }
 
     /// `out[t * n + r] = weights[r] . x[t]` for `n` quantised rows: a few tokens share each weight

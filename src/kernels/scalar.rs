@@ -1,5 +1,6 @@
 //! Plain code for every CPU: the reference of the other kernels' tests, written to be read.
 
+use super::rows::{Listed, WeightRows};
 use super::{Functions, Isa, PANEL_ROWS, Panel, Q8Row, Q8Rows, float};
 use crate::gguf::GgmlType;
 use crate::quant;
@@ -11,6 +12,7 @@ pub(super) static ISA: Isa = Isa {
     functions: Functions {
         quantize,
         dot,
+        dot_listed,
         dot_tokens: None,
         unpack: quant::unpack_row,
         interleave,
@@ -42,6 +44,12 @@ pub(super) fn quantize(x: &[f32], q: &mut [i8], scale: &mut [f32], sum: &mut [i3
 fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
     for (row, out) in weights.chunks_exact(row_bytes).zip(out) {
         *out = dot_row(ty, row, x);
+    }
+}
+
+fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<'_>, out: &mut [f32]) {
+    for (i, out) in out.iter_mut().enumerate() {
+        *out = dot_row(ty, w.row(i), x);
     }
 }
 

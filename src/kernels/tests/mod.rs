@@ -456,3 +456,34 @@ fn extreme_products_are_exact() {
         }
     }
 }
+
+#[test]
+fn products_with_listed_rows_are_those_of_all_rows() {
+    let mut rng = Rng(17);
+    let mut all = kernels_under_test();
+    all.push(scalar());
+    for (k, ty) in all.into_iter().flat_map(|k| quantised_types().map(move |ty| (k, ty))) {
+        for cols in columns(ty) {
+            let w = weights(&mut rng, ty, 23, cols);
+            let x = activations(&mut rng, k, 1, cols);
+            let mut dense = vec![0.0; 23];
+            k.dot(ty, &w, x.row(0), &mut dense);
+            for left_out in [0, 1, 3, 20] {
+                let rows: Vec<u32> = (0..23).filter(|r| r * 7 % 23 >= left_out).collect();
+                let mut out = vec![f32::NAN; rows.len()];
+                k.dot_listed(ty, &w, &rows, x.row(0), &mut out);
+                let bits: Vec<u32> = out.iter().map(|v| v.to_bits()).collect();
+                let want: Vec<u32> = rows.iter().map(|&r| dense[r as usize].to_bits()).collect();
+                assert_eq!(bits, want, "{} {ty} {cols} {left_out}", k.name());
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic]
+fn rows_that_are_not_there_are_refused() {
+    let k = scalar();
+    let x = activations(&mut Rng(1), k, 1, 32);
+    k.dot_listed(GgmlType::Q4_0, &[0; 36], &[0, 2], x.row(0), &mut [0.0; 2]);
+}

@@ -17,6 +17,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions {
         quantize: neon::quantize,
         dot,
+        dot_listed,
         dot_tokens: None,
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,

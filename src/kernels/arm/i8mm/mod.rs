@@ -15,6 +15,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions {
         quantize: neon::quantize,
         dot: dotprod::dot,
+        dot_listed: dotprod::dot_listed,
         dot_tokens: None,
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,

@@ -99,7 +99,7 @@ pub(in crate::kernels::arm) fn acts_groups16<const ZERO: i32>(x: &Q8Row<'_>, ste
 macro_rules! dot_rows {
     ($features:literal, $name:ident, $bytes:literal, $acts:expr, $step:expr) => {
         #[target_feature(enable = $features)]
-        fn $name(weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
+        fn $name<'w, W: WeightRows<'w>>(w: W, x: Q8Row<'_>, out: &mut [f32]) {
             #[inline]
             #[target_feature(enable = $features)]
             fn rows<const R: usize>(rows: [&[u8]; R], x: &Q8Row<'_>) -> [f32; R] {
@@ -114,13 +114,12 @@ macro_rules! dot_rows {
                 }
                 acc.map(|acc| vaddvq_f32(acc))
             }
-            let groups = weights.chunks(ROWS * row_bytes).zip(out.chunks_mut(ROWS));
-            for (w, out) in groups {
+            for (group, out) in out.chunks_mut(ROWS).enumerate() {
                 if let Ok(out) = <&mut [f32; ROWS]>::try_from(&mut *out) {
-                    *out = rows(std::array::from_fn(|r| &w[r * row_bytes..][..row_bytes]), &x);
+                    *out = rows(std::array::from_fn(|r| w.row(group * ROWS + r)), &x);
                 } else {
-                    for (w, out) in w.chunks_exact(row_bytes).zip(out) {
-                        [*out] = rows([w], &x);
+                    for (r, out) in out.iter_mut().enumerate() {
+                        [*out] = rows([w.row(group * ROWS + r)], &x);
                     }
                 }
             }
@@ -129,7 +128,7 @@ macro_rules! dot_rows {
 }
 pub(in crate::kernels::arm) use dot_rows;
 
-/// The function `dot` (see `Kernels::dot`), compiled with `$features` and multiplying with the
+/// The functions `dot` and `dot_listed` (see `Kernels`), compiled with `$features` and multiplying with the
 /// functions of the module `$multiply`.
 macro_rules! instantiate {
     ($features:literal, $multiply:path) => {
@@ -141,7 +140,28 @@ macro_rules! instantiate {
             x: Q8Row<'_>,
             out: &mut [f32],
         ) {
+            dot_rows(ty, $crate::kernels::rows::Consecutive { weights, row_bytes }, x, out);
+        }
+
+        #[target_feature(enable = $features)]
+        pub(in crate::kernels::arm) fn dot_listed(
+            ty: GgmlType,
+            w: $crate::kernels::rows::Listed<'_>,
+            x: Q8Row<'_>,
+            out: &mut [f32],
+        ) {
+            dot_rows(ty, w, x, out);
+        }
+
+        #[target_feature(enable = $features)]
+        fn dot_rows<'w, W: $crate::kernels::rows::WeightRows<'w>>(
+            ty: GgmlType,
+            w: W,
+            x: Q8Row<'_>,
+            out: &mut [f32],
+        ) {
             use GgmlType::*;
+            use $crate::kernels::rows::WeightRows;
             use $crate::kernels::arm::neon::blocks::{self, Block, Super};
             use $crate::kernels::arm::neon::dot::*;
             use $multiply as multiply;
@@ -254,18 +274,18 @@ macro_rules! instantiate {
             ));
 
             match ty {
-                Q8_0 => dot_q8_0(weights, row_bytes, x, out),
-                Q4_0 => dot_q4_0(weights, row_bytes, x, out),
-                Q4_1 => dot_q4_1(weights, row_bytes, x, out),
-                Q5_0 => dot_q5_0(weights, row_bytes, x, out),
-                Q5_1 => dot_q5_1(weights, row_bytes, x, out),
-                Q2_K => dot_q2_k(weights, row_bytes, x, out),
-                Q3_K => dot_q3_k(weights, row_bytes, x, out),
-                Q4_K => dot_q4_k(weights, row_bytes, x, out),
-                Q5_K => dot_q5_k(weights, row_bytes, x, out),
-                Q6_K => dot_q6_k(weights, row_bytes, x, out),
-                IQ4_NL => dot_iq4_nl(weights, row_bytes, x, out),
-                IQ4_XS => dot_iq4_xs(weights, row_bytes, x, out),
+                Q8_0 => dot_q8_0(w, x, out),
+                Q4_0 => dot_q4_0(w, x, out),
+                Q4_1 => dot_q4_1(w, x, out),
+                Q5_0 => dot_q5_0(w, x, out),
+                Q5_1 => dot_q5_1(w, x, out),
+                Q2_K => dot_q2_k(w, x, out),
+                Q3_K => dot_q3_k(w, x, out),
+                Q4_K => dot_q4_k(w, x, out),
+                Q5_K => dot_q5_k(w, x, out),
+                Q6_K => dot_q6_k(w, x, out),
+                IQ4_NL => dot_iq4_nl(w, x, out),
+                IQ4_XS => dot_iq4_xs(w, x, out),
                 F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
             }
         }

@@ -25,6 +25,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions {
         quantize,
         dot,
+        dot_listed,
         dot_tokens: None,
         unpack: dot::unpack,
         interleave: gemm::interleave,

@@ -25,6 +25,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     functions: Functions {
         quantize,
         dot: dot::dot,
+        dot_listed: dot::dot_listed,
         dot_tokens: Some(dot::dot_tokens),
         unpack: unpack::unpack,
         interleave: gemm::interleave,

@@ -7,6 +7,7 @@ use std::arch::x86_64::*;
 
 use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
 use crate::gguf::GgmlType;
+use crate::kernels::rows::{Consecutive, Listed, WeightRows};
 use crate::kernels::x86::each_four_tokens;
 use crate::kernels::{Activations, Q8Row};
 
@@ -354,7 +355,7 @@ macro_rules! dot_rows {
         // Not inlined: one function for all types would run out of registers.
         #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        fn $name<const T: usize>(weights: &[u8], row_bytes: usize, x: &[Q8Row<'_>; T], out: [&mut [f32]; T]) {
+        fn $name<'w, W: WeightRows<'w>, const T: usize>(w: W, x: &[Q8Row<'_>; T], out: [&mut [f32]; T]) {
             // Loops, not `array::map`: the standard library is compiled without these features, so closures with
             // intrinsics are not inlined into it.
 
@@ -403,38 +404,35 @@ macro_rules! dot_rows {
                 }
             }
 
-            /// The products of `R` rows with every token; those of missing rows are 0.
+            /// The products of the `R` rows from `first` on with every token; those of missing rows are 0.
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn rows<const R: usize, const T: usize>(
-                w: &[u8],
-                row_bytes: usize,
+            fn rows<'w, W: WeightRows<'w>, const R: usize, const T: usize>(
+                w: W,
+                first: usize,
                 x: &[Q8Row<'_>; T],
             ) -> [[f32; ROWS]; T] {
+                let row_bytes = w.row_bytes();
                 let whole = row_bytes / $bytes;
                 let mut steps = [[].as_slice(); R];
                 for r in 0..R {
-                    steps[r] = &w[r * row_bytes..][..row_bytes].as_chunks::<$bytes>().0[..whole];
+                    steps[r] = &w.row(first + r).as_chunks::<$bytes>().0[..whole];
                 }
                 let mut sums = Sums::new();
                 let ahead = (R * row_bytes).max(PREFETCH);
                 let mut step = [&[0; $bytes]; R];
                 for s in 0..whole {
-                    // The next rows lie behind these: fetched in the order of the file, so that their beginnings,
-                    // where every stream is new, do not wait for memory.
+                    // The next rows: fetched one after the other, so that their beginnings, where every stream is new,
+                    // do not wait for memory.
                     for r in 0..R {
                         step[r] = &steps[r][s];
                     }
-                    add(
-                        step,
-                        &acts(x, s * $cols),
-                        w.as_ptr().wrapping_add(ahead + s * R * $bytes),
-                        &mut sums,
-                    );
+                    let ahead = w.behind(first, ahead + s * R * $bytes);
+                    add(step, &acts(x, s * $cols), ahead, &mut sums);
                 }
                 let tail = row_bytes % $bytes;
                 if tail > 0 {
-                    prefetch(w.as_ptr(), ahead + R * whole * $bytes, R * tail);
+                    prefetch(w.behind(first, ahead + R * whole * $bytes), 0, R * tail);
                     let blocks = tail / ($bytes / 4);
                     let mut acts = acts(x, (whole * $cols + blocks * 32).saturating_sub($cols));
                     let mut padded = [[0u8; $bytes]; R];
@@ -444,30 +442,29 @@ macro_rules! dot_rows {
                             acts[t].keep_last(blocks);
                         }
                         for r in 0..R {
-                            step[r] = w[r * row_bytes..][..row_bytes].last_chunk().expect("more than a step");
+                            step[r] = w.row(first + r).last_chunk().expect("more than a step");
                         }
                     } else {
                         // A row of less than a step has zeros behind it.
                         for r in 0..R {
-                            padded[r][..tail].copy_from_slice(&w[r * row_bytes..][..row_bytes]);
+                            padded[r][..tail].copy_from_slice(w.row(first + r));
                         }
                         step = padded.each_ref();
                     }
-                    add(step, &acts, w.as_ptr(), &mut sums);
+                    add(step, &acts, w.row(first).as_ptr(), &mut sums);
                 }
                 sums.total::<$together, $min>()
             }
             let (n, mut done) = (out[0].len(), 0);
             while done < n {
-                let w = &weights[done * row_bytes..];
                 if n - done >= ROWS {
-                    let sums = rows::<ROWS, T>(w, row_bytes, x);
+                    let sums = rows::<W, ROWS, T>(w, done, x);
                     for t in 0..T {
                         *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
                     }
                     done += ROWS;
                 } else {
-                    let sums = rows::<1, T>(w, row_bytes, x);
+                    let sums = rows::<W, 1, T>(w, done, x);
                     for t in 0..T {
                         out[t][done] = sums[t][0];
                     }
@@ -510,27 +507,26 @@ dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2, false, blocks::iq4_xs_scales, bl
 
 /// `T` tokens from `t` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn tokens<const T: usize>(
+fn tokens<'w, W: WeightRows<'w>, const T: usize>(
     ty: GgmlType,
-    weights: &[u8],
-    row_bytes: usize,
+    w: W,
     x: &[Q8Row<'_>; T],
     out: [&mut [f32]; T],
 ) {
     use GgmlType::*;
     match ty {
-        Q4_0 => dot_q4_0(weights, row_bytes, x, out),
-        IQ4_NL => dot_iq4_nl(weights, row_bytes, x, out),
-        Q4_1 => dot_q4_1(weights, row_bytes, x, out),
-        Q5_0 => dot_q5_0(weights, row_bytes, x, out),
-        Q5_1 => dot_q5_1(weights, row_bytes, x, out),
-        Q8_0 => dot_q8_0(weights, row_bytes, x, out),
-        Q2_K => dot_q2_k(weights, row_bytes, x, out),
-        Q3_K => dot_q3_k(weights, row_bytes, x, out),
-        Q4_K => dot_q4_k(weights, row_bytes, x, out),
-        Q5_K => dot_q5_k(weights, row_bytes, x, out),
-        Q6_K => dot_q6_k(weights, row_bytes, x, out),
-        IQ4_XS => dot_iq4_xs(weights, row_bytes, x, out),
+        Q4_0 => dot_q4_0(w, x, out),
+        IQ4_NL => dot_iq4_nl(w, x, out),
+        Q4_1 => dot_q4_1(w, x, out),
+        Q5_0 => dot_q5_0(w, x, out),
+        Q5_1 => dot_q5_1(w, x, out),
+        Q8_0 => dot_q8_0(w, x, out),
+        Q2_K => dot_q2_k(w, x, out),
+        Q3_K => dot_q3_k(w, x, out),
+        Q4_K => dot_q4_k(w, x, out),
+        Q5_K => dot_q5_k(w, x, out),
+        Q6_K => dot_q6_k(w, x, out),
+        IQ4_XS => dot_iq4_xs(w, x, out),
         F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
     }
 }
@@ -538,13 +534,20 @@ fn tokens<const T: usize>(
 /// See `Kernels::dot`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn dot(ty: GgmlType, weights: &[u8], row_bytes: usize, x: Q8Row<'_>, out: &mut [f32]) {
-    tokens(ty, weights, row_bytes, &[x], [out]);
+    tokens(ty, Consecutive { weights, row_bytes }, &[x], [out]);
+}
+
+/// See `Kernels::dot_listed`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<'_>, out: &mut [f32]) {
+    tokens(ty, w, &[x], [out]);
 }
 
 /// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn dot_tokens(ty: GgmlType, weights: &[u8], row_bytes: usize, x: &Activations, out: &mut [f32]) {
-    each_four_tokens!(tokens, ty, weights, row_bytes, x, out);
+    let w = Consecutive { weights, row_bytes };
+    each_four_tokens!(tokens, ty, w, x, out);
 }
 
 #[inline]

@@ -21,6 +21,7 @@ use std::arch::x86_64::*;
 use super::blocks;
 use crate::gguf::GgmlType;
 use crate::kernels::fetch::{LINE, fetch_line};
+use crate::kernels::rows::{Consecutive, Listed, WeightRows};
 use crate::kernels::x86::each_four_tokens;
 use crate::kernels::{Activations, Q8Row};
 use acts::{acts_super, acts_two};
@@ -59,18 +60,18 @@ fn dword(b: &[u8], at: usize) -> i32 {
     i32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
 }
 
-/// Products of `4 * Q` rows, of which `left` are there, with all tokens: `[quad][token]`, lane `r` of both halves
+/// Products of `4 * Q` rows from `first` on, of which `left` are there, with all tokens: `[quad][token]`, lane `r` of both halves
 /// together the sum of row `r`.
 #[inline]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
-    w: &[u8],
-    row_bytes: usize,
-    left: usize,
+fn rows<'w, 'x, W: WeightRows<'w>, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
+    w: W,
+    (first, left): (usize, usize),
     x: &[Q8Row<'x>; T],
     acts: impl Fn(&Q8Row<'x>, usize) -> A,
     quad: impl Fn(&Quad<'_, BYTES>, &[A; T], &mut [__m256; T]),
 ) -> [[__m256; T]; Q] {
+    let row_bytes = w.row_bytes();
     let (whole, tail) = (row_bytes / BYTES, row_bytes % BYTES);
     let mut steps = [[[].as_slice(); QUAD]; Q];
     // Fewer blocks than a step takes have zeros behind them.
@@ -78,15 +79,15 @@ fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
     for q in 0..Q {
         for r in 0..QUAD {
             // The last row takes the place of those that are missing.
-            let row = &w[(QUAD * q + r).min(left - 1) * row_bytes..][..row_bytes];
+            let row = w.row(first + (QUAD * q + r).min(left - 1));
             steps[q][r] = &row.as_chunks::<BYTES>().0[..whole];
             if tail > 0 {
                 padded[q][r][..tail].copy_from_slice(&row[whole * BYTES..]);
             }
         }
     }
-    // The next rows lie behind these: fetched in the order of the file, so that their beginnings, where every stream is
-    // new, do not wait for memory.
+    // The next rows: fetched one after the other, so that their beginnings, where every stream is new, do not wait for
+    // memory.
     let ahead = (QUAD * Q * row_bytes).max(PREFETCH);
     let mut acc = [[_mm256_setzero_ps(); T]; Q];
     for s in 0..row_bytes.div_ceil(BYTES) {
@@ -101,7 +102,7 @@ fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
             } else {
                 padded[q].each_ref()
             };
-            let ahead = w.as_ptr().wrapping_add(ahead + (s * Q + q) * QUAD * BYTES);
+            let ahead = w.behind(first, ahead + (s * Q + q) * QUAD * BYTES);
             quad(&Quad { rows, ahead }, &a, &mut acc[q]);
         }
     }
@@ -113,8 +114,8 @@ fn rows<'x, A: Copy, const BYTES: usize, const Q: usize, const T: usize>(
 // Not inlined: one function for all types would run out of registers.
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-fn multiply<'x, A: Copy, const BYTES: usize, const T: usize>(
-    (weights, row_bytes): (&[u8], usize),
+fn multiply<'w, 'x, W: WeightRows<'w>, A: Copy, const BYTES: usize, const T: usize>(
+    w: W,
     x: &[Q8Row<'x>; T],
     mut out: [&mut [f32]; T],
     acts: impl Fn(&Q8Row<'x>, usize) -> A,
@@ -122,17 +123,17 @@ fn multiply<'x, A: Copy, const BYTES: usize, const T: usize>(
 ) {
     let (n, mut done) = (out[0].len(), 0);
     while done < n {
-        let (w, left) = (&weights[done * row_bytes..], n - done);
-        if T > 1 && left > QUAD * QUADS && QUAD * QUADS_OF_TOKENS * row_bytes <= FEW_BYTES {
-            let sums = rows::<_, BYTES, QUADS_OF_TOKENS, T>(w, row_bytes, left, x, &acts, &quad);
+        let (from, left) = ((done, n - done), n - done);
+        if T > 1 && left > QUAD * QUADS && QUAD * QUADS_OF_TOKENS * w.row_bytes() <= FEW_BYTES {
+            let sums = rows::<W, _, BYTES, QUADS_OF_TOKENS, T>(w, from, x, &acts, &quad);
             store(&sums, done, &mut out);
             done += QUAD * QUADS_OF_TOKENS;
         } else if left > QUAD {
-            let sums = rows::<_, BYTES, QUADS, T>(w, row_bytes, left, x, &acts, &quad);
+            let sums = rows::<W, _, BYTES, QUADS, T>(w, from, x, &acts, &quad);
             store(&sums, done, &mut out);
             done += QUAD * QUADS;
         } else {
-            let sums = rows::<_, BYTES, 1, T>(w, row_bytes, left, x, &acts, &quad);
+            let sums = rows::<W, _, BYTES, 1, T>(w, from, x, &acts, &quad);
             store(&sums, done, &mut out);
             done += QUAD;
         }
@@ -162,15 +163,13 @@ fn store<const Q: usize, const T: usize>(sums: &[[__m256; T]; Q], first: usize, 
 
 /// `T` tokens.
 #[target_feature(enable = "avx2,fma,f16c")]
-fn tokens<const T: usize>(
+fn tokens<'w, W: WeightRows<'w>, const T: usize>(
     ty: GgmlType,
-    weights: &[u8],
-    row_bytes: usize,
+    w: W,
     x: &[Q8Row<'_>; T],
     out: [&mut [f32]; T],
 ) {
     use GgmlType::*;
-    let w = (weights, row_bytes);
     let two = |x: &Q8Row<'_>, s| acts_two(x, s);
     match ty {
         Q4_0 => multiply(w, x, out, two, |b, a, acc| quad_q4_0(b, a, acc)),
@@ -198,7 +197,13 @@ pub(in crate::kernels::x86) fn dot(
     x: Q8Row<'_>,
     out: &mut [f32],
 ) {
-    tokens(ty, weights, row_bytes, &[x], [out]);
+    tokens(ty, Consecutive { weights, row_bytes }, &[x], [out]);
+}
+
+/// See `Kernels::dot_listed`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(in crate::kernels::x86) fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<'_>, out: &mut [f32]) {
+    tokens(ty, w, &[x], [out]);
 }
 
 /// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens.
@@ -210,5 +215,6 @@ pub(in crate::kernels::x86) fn dot_tokens(
     x: &Activations,
     out: &mut [f32],
 ) {
-    each_four_tokens!(tokens, ty, weights, row_bytes, x, out);
+    let w = Consecutive { weights, row_bytes };
+    each_four_tokens!(tokens, ty, w, x, out);
 }
