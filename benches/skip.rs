@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use common::{best, decode, distance, ids, prompt, state};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use skiff::model::{Matrices, Model, Probe, State};
+use skiff::model::{ColumnForms, Matrices, Model, Probe, State};
 use skiff::ops::{Compute, Inputs};
 use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::{Team, default_threads};
@@ -110,7 +110,7 @@ impl Magnitudes {
             _ if q == 0.0 => 0.0,
             values => values[((values.len() - 1) as f32 * q) as usize],
         };
-        let cuts = (0..layers).map(|layer| Cut {
+        let cuts = (0..layers).map(|layer| Cut::Columns {
             inputs: quantile(layer, Matrices::GateUp, 0.85 * share),
             inner: quantile(layer, Matrices::Down, 1.3 * share),
         });
@@ -197,7 +197,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let magnitudes = Magnitudes::of(model, on, &tokens);
     let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers] };
     let started = Instant::now();
-    model.prepare_cuts(on, plan, |_, _| {}).unwrap();
+    model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
     let (seconds, bytes) = (started.elapsed().as_secs_f64(), model.column_bytes() as f64);
     println!("{name}: {:.2} GB by columns, made in {seconds:.1} s", bytes / 1e9);
     let model = &*model;

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::models::{ModelFile, WIDE};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
-use skiff::model::{FfnStep, KvType, Model, State};
+use skiff::model::{ColumnForms, FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
 use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::Team;
@@ -101,7 +101,7 @@ fn decoding_allocates_nothing() {
         let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
         let team = Team::new(1).unwrap();
         let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
-        model.prepare_cuts(on, plan, |_, _| {}).unwrap();
+        model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
         for threads in [1, 2] {
             let team = Team::new(threads).unwrap();
             // Threads allocate as they start: each must hold a chunk before counting begins.
@@ -110,8 +110,10 @@ fn decoding_allocates_nothing() {
             for kernels in Kernels::available().filter(|k| k.name() != "scalar" || threads == 1) {
                 for kv in [KvType::F32, KvType::F16, KvType::Q8_0] {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
-                    let cut = CutAll(Cut { inputs: 0.3, inner: 0.1 });
-                    let policies: [Box<dyn SkipPolicy>; 3] = [Box::new(Never), Box::new(skip), Box::new(cut)];
+                    let cut = CutAll(Cut::Columns { inputs: 0.3, inner: 0.1 });
+                    let neurons = CutAll(Cut::Neurons { gate: 0.1, inner: 0.1 });
+                    let policies: [Box<dyn SkipPolicy>; 4] =
+                        [Box::new(Never), Box::new(skip), Box::new(cut), Box::new(neurons)];
                     for policy in policies {
                         let (name, on) = (policy.name(), Compute { team: &team, kernels });
                         // The harness allocates too, once, when a test takes long; a decoder would again.

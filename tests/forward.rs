@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use common::models::{ModelFile, SMALL, Shape, WIDE};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
-use skiff::model::{FfnStep, KvType, Model, ModelError, State};
+use skiff::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
 use skiff::ops::Compute;
 use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::Team;
@@ -538,19 +538,16 @@ fn plan(shape: Shape, centre: f32) -> CutPlan {
     };
     // Factors of about 1/2 to 2.
     let depth = Depth { weight: wave(shape.embedding, 0.1), bias: 0.2 };
-    let layer = LayerCut { depth, inputs: side(shape.embedding), inner: side(shape.ffn) };
+    let gate = wave(shape.ffn, 0.3).iter().map(|w| 0.5 + w).collect();
+    let layer = LayerCut { depth, inputs: side(shape.embedding), inner: side(shape.ffn), gate };
     CutPlan { layers: vec![Some(layer); shape.layers] }
 }
 
-fn prepared(ty: GgmlType, centre: f32, by_columns: bool) -> Model {
+fn prepared(ty: GgmlType, centre: f32, forms: ColumnForms) -> Model {
     let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
     let team = Team::new(2).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    let plan = plan(WIDE, centre);
-    match by_columns {
-        true => model.prepare_cuts(on, plan, |_, _| {}).unwrap(),
-        false => model.prepare_cuts_by_rows(on, plan, |_, _| {}).unwrap(),
-    }
+    model.prepare_cuts(on, plan(WIDE, centre), forms, |_, _| {}).unwrap();
     model
 }
 
@@ -568,59 +565,69 @@ fn cut(model: &Model, threads: usize, batch: usize, cut: Cut) -> (Vec<f32>, f64)
     (logits, share)
 }
 
-const DEEP: Cut = Cut { inputs: 0.6, inner: 0.1 };
+const DEEP: Cut = Cut::Columns { inputs: 0.6, inner: 0.1 };
+const FEW_NEURONS: Cut = Cut::Neurons { gate: 0.08, inner: 0.1 };
+const NOTHING: [Cut; 2] =
+    [Cut::Columns { inputs: 0.0, inner: 0.0 }, Cut::Neurons { gate: 0.0, inner: 0.0 }];
+const FORMS: [ColumnForms; 3] = [ColumnForms::None, ColumnForms::Down, ColumnForms::All];
 
 #[test]
 fn a_cut_of_nothing_is_the_full_model() {
     for ty in [GgmlType::Q4_1, GgmlType::Q6_K, GgmlType::Q8_0, GgmlType::F16] {
         for centre in [0.0, 0.3] {
-            for by_columns in [false, true] {
-                let model = prepared(ty, centre, by_columns);
+            for (forms, nothing) in FORMS.into_iter().flat_map(|forms| NOTHING.map(|cut| (forms, cut))) {
+                let model = prepared(ty, centre, forms);
                 let full = Run::new(&model).logits(&ids(9, WIDE.vocab));
-                let (none, _) = cut(&model, 1, 1, Cut { inputs: 0.0, inner: 0.0 });
+                let (none, _) = cut(&model, 1, 1, nothing);
                 let distance = mean_distance(&none, &full);
                 // Centred activations round otherwise, and scales by column have 8 bits.
-                assert!(distance < 0.03, "{ty} {centre} {by_columns}: {distance}");
+                assert!(distance < 0.03, "{ty} {centre} {forms:?} {nothing:?}: {distance}");
             }
         }
     }
 }
 
 #[test]
-fn columns_give_what_rows_with_zeros_give() {
+fn what_is_read_in_part_gives_what_rows_with_zeros_give() {
     for ty in
         [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q4_K, GgmlType::Q5_K, GgmlType::Q6_K, GgmlType::IQ4_NL]
     {
-        let (rows, columns) = (prepared(ty, 0.2, false), prepared(ty, 0.2, true));
-        let (full, _) = cut(&rows, 1, 9, Cut { inputs: 0.0, inner: 0.0 });
-        let (want, share) = cut(&rows, 1, 9, DEEP);
-        assert!((0.2..0.9).contains(&share), "{ty}: {share} left out");
-        let depth = mean_distance(&want, &full);
-        for batch in [1, 3, 9] {
-            let (got, counted) = cut(&columns, 1, batch, DEEP);
-            let distance = mean_distance(&got, &want);
-            assert!(distance < 0.15 * depth, "{ty} {batch}: {distance}, the cut itself {depth}");
-            assert!((counted - share).abs() < 0.02, "{ty} {batch}: {counted} {share}");
+        let rows = prepared(ty, 0.2, ColumnForms::None);
+        let (full, _) = cut(&rows, 1, 9, NOTHING[0]);
+        for deep in [DEEP, FEW_NEURONS] {
+            let (want, share) = cut(&rows, 1, 9, deep);
+            assert!((0.2..0.9).contains(&share), "{ty} {deep:?}: {share} left out");
+            let depth = mean_distance(&want, &full);
+            for (forms, batch) in FORMS.into_iter().flat_map(|forms| [1, 3, 9].map(|batch| (forms, batch))) {
+                let (got, counted) = cut(&prepared(ty, 0.2, forms), 1, batch, deep);
+                let distance = mean_distance(&got, &want);
+                let what = format!("{ty} {deep:?} {forms:?} {batch}");
+                assert!(distance < 0.15 * depth, "{what}: {distance}, the cut itself {depth}");
+                assert!((counted - share).abs() < 0.02, "{what}: {counted} {share}");
+            }
         }
     }
 }
 
 #[test]
 fn cuts_do_not_depend_on_the_threads() {
-    let model = prepared(GgmlType::Q4_K, 0.2, true);
-    for batch in [1, 9] {
-        assert_eq!(bits(&cut(&model, 1, batch, DEEP).0), bits(&cut(&model, 3, batch, DEEP).0), "{batch}");
+    let model = prepared(GgmlType::Q4_K, 0.2, ColumnForms::All);
+    for (batch, deep) in [(1, DEEP), (1, FEW_NEURONS), (9, DEEP), (9, FEW_NEURONS)] {
+        let [one, three] = [1, 3].map(|threads| bits(&cut(&model, threads, batch, deep).0));
+        assert_eq!(one, three, "{batch} {deep:?}");
     }
 }
 
 /// With everything left out an FFN gives what its centres give: the same for every token.
 #[test]
 fn what_is_left_out_counts_as_its_centre() {
-    let all = Cut { inputs: f32::INFINITY, inner: f32::INFINITY };
-    for by_columns in [false, true] {
-        let (none, share) = cut(&prepared(GgmlType::Q8_0, 0.0, by_columns), 1, 1, all);
-        let (centred, _) = cut(&prepared(GgmlType::Q8_0, 0.3, by_columns), 1, 1, all);
-        assert!(share > 0.9, "{share}");
+    const MOST: f32 = f32::INFINITY;
+    let columns = (Cut::Columns { inputs: MOST, inner: MOST }, 0.9);
+    let neurons = (Cut::Neurons { gate: MOST, inner: MOST }, 0.6);
+    for (forms, (all, least)) in FORMS.into_iter().flat_map(|forms| [(forms, columns), (forms, neurons)]) {
+        let (none, share) = cut(&prepared(GgmlType::Q8_0, 0.0, forms), 1, 1, all);
+        let (centred, _) = cut(&prepared(GgmlType::Q8_0, 0.3, forms), 1, 1, all);
+        assert!(share > least, "{share}");
         let file = ModelFile::llama(WIDE, GgmlType::Q8_0);
         let mut without = file.clone();
         for i in 0..WIDE.layers {
@@ -636,23 +643,22 @@ fn what_is_left_out_counts_as_its_centre() {
 /// A factor of 2 is twice the threshold; a product beyond the limits is the limit, whatever its sign says.
 #[test]
 fn thresholds_are_multiplied_with_what_the_token_is_worth() {
-    let of = |depth: &dyn Fn(usize) -> Depth, threshold: Cut, by_columns: bool| {
+    let of = |depth: &dyn Fn(usize) -> Depth, threshold: Cut, forms: ColumnForms| {
         let mut model = ModelFile::llama(WIDE, GgmlType::Q8_0).load().unwrap();
         let team = Team::new(1).unwrap();
         let on = Compute { team: &team, kernels: best() };
         let mut plan = plan(WIDE, 0.2);
         plan.layers.iter_mut().flatten().for_each(|layer| layer.depth = depth(WIDE.embedding));
-        match by_columns {
-            true => model.prepare_cuts(on, plan, |_, _| {}).unwrap(),
-            false => model.prepare_cuts_by_rows(on, plan, |_, _| {}).unwrap(),
-        }
+        model.prepare_cuts(on, plan, forms, |_, _| {}).unwrap();
         cut(&model, 1, 1, threshold)
     };
-    let times = |n: f32| Cut { inputs: n * 0.2, inner: n * 0.03 };
+    let columns = Cut::Columns { inputs: 0.2, inner: 0.03 };
+    let neurons = Cut::Neurons { gate: 0.02, inner: 0.03 };
     let plain = |_| Depth::default();
-    for by_columns in [false, true] {
-        let twice = of(&|_| Depth { weight: Vec::new(), bias: 1.0 }, times(1.0), by_columns);
-        assert_eq!(bits(&twice.0), bits(&of(&plain, times(2.0), by_columns).0));
+    for (forms, cut) in FORMS.into_iter().flat_map(|forms| [(forms, columns), (forms, neurons)]) {
+        let times = |n: f32| cut.times(n);
+        let twice = of(&|_| Depth { weight: Vec::new(), bias: 1.0 }, times(1.0), forms);
+        assert_eq!(bits(&twice.0), bits(&of(&plain, times(2.0), forms).0));
         // Each layer of each token is cut at 4 times the threshold or at a quarter of it.
         let huge = |sign: f32| {
             move |n: usize| Depth {
@@ -660,8 +666,8 @@ fn thresholds_are_multiplied_with_what_the_token_is_worth() {
                 bias: 0.0,
             }
         };
-        let (one, other) = (of(&huge(1.0), times(1.0), by_columns), of(&huge(-1.0), times(1.0), by_columns));
-        let (least, most) = (of(&plain, times(0.25), by_columns).1, of(&plain, times(4.0), by_columns).1);
+        let (one, other) = (of(&huge(1.0), times(1.0), forms), of(&huge(-1.0), times(1.0), forms));
+        let (least, most) = (of(&plain, times(0.25), forms).1, of(&plain, times(4.0), forms).1);
         assert!(least < one.1 && one.1 < most && least < other.1 && other.1 < most);
         let shares = (one.1, other.1, least, most);
         assert!((one.1 + other.1 - least - most).abs() < 0.1 * most, "{shares:?}");
@@ -676,7 +682,7 @@ fn plans_that_do_not_fit_are_refused() {
     let mut refused = |change: &dyn Fn(&mut CutPlan)| {
         let mut wrong = plan(SMALL, 0.5);
         change(&mut wrong);
-        let error = model.prepare_cuts(on, wrong, |_, _| {}).unwrap_err();
+        let error = model.prepare_cuts(on, wrong, ColumnForms::All, |_, _| {}).unwrap_err();
         assert!(!model.has_cuts());
         error
     };
@@ -685,6 +691,8 @@ fn plans_that_do_not_fit_are_refused() {
     assert!(matches!(shape, ModelError::CutShape { layer: 1, found: 95, expected: 96, .. }), "{shape}");
     let nan = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = f32::NAN);
     assert!(matches!(nan, ModelError::CutValue { layer: 2, index: 5, .. }), "{nan}");
+    let gate = refused(&|p| p.layers[0].as_mut().unwrap().gate[3] = -0.5);
+    assert!(matches!(gate, ModelError::CutValue { what: "weight of gates", index: 3, .. }), "{gate}");
     let short = refused(&|p| _ = p.layers[0].as_mut().unwrap().depth.weight.pop());
     assert!(matches!(short, ModelError::CutShape { layer: 0, what: "depth", .. }), "{short}");
     let infinite = refused(&|p| p.layers[1].as_mut().unwrap().depth.bias = f32::INFINITY);

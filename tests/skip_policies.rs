@@ -9,7 +9,7 @@ use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::skip::{
-    Calibration, CalibrationError, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError, SkipMode,
+    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError, SkipMode,
     SkipOptions, SkipPolicy,
 };
 use skiff::threads::Team;
@@ -223,10 +223,13 @@ fn broken_files_are_errors() {
             if let Ok(read) = read(&broken, &model) {
                 assert_eq!(read.cosines.len(), SHAPE.layers);
                 assert!(read.cold.0 <= read.cold.1 && read.cold.1 <= SHAPE.layers);
-                let options = SkipOptions { mode: SkipMode::Cut, ratio: Some(0.2), ..Default::default() };
-                if let Ok(mut policy) = options.policy(&model.facts(), Some(&read)) {
-                    policy.begin_token(100);
-                    assert!(matches!(policy.decide(0), Decision::Cut(c) if c.inputs >= 0.0));
+                for mode in [SkipMode::Cut, SkipMode::Neurons] {
+                    let options = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
+                    if let Ok(mut policy) = options.policy(&model.facts(), Some(&read)) {
+                        policy.begin_token(100);
+                        assert!(matches!(policy.decide(0), Decision::Cut(
+                            Cut::Columns { inputs: t, .. } | Cut::Neurons { gate: t, .. }) if t >= 0.0));
+                    }
                 }
             }
         }

@@ -292,43 +292,63 @@ impl SkipArgs {
     /// [`options`](Self::options) for the model of an engine.
     pub fn of_engine(&self, engine: &mut Engine) -> Result<SkipOptions, Failure> {
         let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
-        self.options(model, on)
+        let options = self.options(model, on)?;
+        announce(model, &options);
+        Ok(options)
     }
 
     /// [`of_engine`](Self::of_engine) for generating text: see [`if_it_pays`](Self::if_it_pays). Drafts are not judged by
     /// the time of a token.
     fn where_it_pays(&self, engine: &mut Engine, draft: &DraftArgs) -> Result<SkipOptions, Failure> {
-        let options = self.of_engine(engine)?;
-        match engine.model_mut() {
-            Some((model, on)) if draft.mode() != DraftMode::Skip => self.if_it_pays(model, on, options),
-            _ => Ok(options),
+        if draft.mode() == DraftMode::Skip {
+            return self.of_engine(engine);
         }
+        let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
+        let options = self.options(model, on)?;
+        self.if_it_pays(model, on, options)
     }
 
-    /// The options; for `auto` none, if it turns out not to be faster here.
+    /// The options; for `auto` those of the fastest of its candidates here, or none, if none is faster than a token in full.
     pub fn if_it_pays(
         &self,
         model: &mut Model,
         on: Compute<'_>,
         options: SkipOptions,
     ) -> Result<SkipOptions, Failure> {
-        if options.mode != SkipMode::Auto {
+        let candidates = model.calibration().map(Calibration::auto_candidates).unwrap_or_default();
+        let candidates: Vec<Point> = candidates.into_iter().cloned().collect();
+        if options.mode != SkipMode::Auto || candidates.is_empty() {
+            announce(model, &options);
             return Ok(options);
         }
-        let Some(point) = model.calibration().and_then(Calibration::auto_point).cloned() else {
-            return Ok(options);
-        };
-        let trial = Trial::of(model, on, &options)?;
-        let (ms, change) = (1e3 * trial.full, 100.0 * (1.0 / trial.share - 1.0));
+        let mut timed = Vec::new();
+        for point in &candidates {
+            let asked = options.at(point).map_err(Failure::usage)?;
+            prepare(model, on, &asked)?;
+            timed.push((Trial::of(model, on, &asked)?, asked, point));
+        }
+        timed.sort_by(|a, b| a.0.share.total_cmp(&b.0.share));
+        let Some((trial, asked, point)) = timed.first() else { return Ok(options) };
+        let ms = 1e3 * trial.full;
         if trial.pays() {
-            note(&format!("skip auto: {change:.0} % faster here than the {ms:.1} ms of a token in full"));
-            return Ok(options);
+            // What the others needed and this one does not is given back.
+            if timed.len() > 1 && model.column_bytes() > 0 {
+                model.drop_cuts();
+                model.prepare_skip(on, asked, |_, _| {})?;
+            }
+            note(&format!("skip auto: {}", measured(point)));
+            note(&format!("skip auto: {} % faster here than the {ms:.1} ms of a token in full", trial.gain()));
+            return Ok(asked.clone());
         }
         model.drop_cuts();
+        let tried: Vec<String> =
+            timed.iter().map(|(trial, _, p)| format!("{} {} %", p.policy, trial.gain())).collect();
         note(&format!(
-            "skip auto: no faster here ({change:+.0} %) than the {ms:.1} ms of a token in full, so tokens run in full; \
+            "skip auto: no faster here ({}) than the {ms:.1} ms of a token in full, so tokens run in full; \
              --skip {} --skip-ratio {:.2} skips all the same",
-            point.policy, point.ratio
+            tried.join(", "),
+            point.policy,
+            point.ratio
         ));
         Ok(SkipOptions { mode: SkipMode::Off, ..options })
     }
@@ -338,6 +358,7 @@ impl SkipArgs {
     pub fn by_rows(&self, engine: &mut Engine, horizon: usize) -> Result<SkipOptions, Failure> {
         let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
         let options = SkipOptions { horizon: Some(horizon), ..self.checked(model)? };
+        announce(model, &options);
         model.policy(&options).map_err(Failure::usage)?;
         model.prepare_skip_by_rows(on, &options)?;
         Ok(options)
@@ -364,9 +385,6 @@ impl SkipArgs {
         };
         self.calibrate(model)?;
         model.policy(&options).map_err(Failure::usage)?;
-        if options.mode == SkipMode::Auto {
-            announce(model.calibration().and_then(Calibration::auto_point));
-        }
         Ok(options)
     }
 
@@ -439,19 +457,27 @@ fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome
 }
 
 /// Says what `--skip auto` does, and how good it was found to be.
-fn announce(point: Option<&Point>) {
-    let Some(point) = point else {
-        return note("skip auto: the calibration has no setting that is good enough; running in full");
-    };
-    note(&format!(
-        "skip auto: {} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
+fn announce(model: &Model, options: &SkipOptions) {
+    if options.mode != SkipMode::Auto {
+        return;
+    }
+    match model.calibration().and_then(Calibration::auto_point) {
+        Some(point) => note(&format!("skip auto: {}", measured(point))),
+        None => note("skip auto: the calibration has no setting that is good enough; running in full"),
+    }
+}
+
+/// A setting and how good it was found to be.
+fn measured(point: &Point) -> String {
+    format!(
+        "{} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
         point.policy,
         point.ratio,
         100.0 * point.bytes,
         point.perplexity,
         point.kl,
         100.0 * point.same_top1
-    ));
+    )
 }
 
 fn skip_modes() -> impl TypedValueParser<Value = SkipMode> {

@@ -102,6 +102,14 @@ impl Kernels {
         unsafe { (self.isa.functions.float.exp_sum)(x, max) }
     }
 
+    /// `gate = silu(gate)`: bit by bit what [`silu_mul`](Self::silu_mul) multiplies with.
+    pub fn silu(&self, gate: &mut [f32]) {
+        const ONES: [f32; 256] = [1.0; 256];
+        for gate in gate.chunks_mut(ONES.len()) {
+            self.silu_mul(gate, &ONES[..gate.len()]);
+        }
+    }
+
     /// `gate = silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`.
     pub fn silu_mul(&self, gate: &mut [f32], up: &[f32]) {
         assert_eq!(gate.len(), up.len());

@@ -1,13 +1,13 @@
 //! FFNs with a cut: what is prepared at load, and the part of the forward pass that uses it.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use super::forward::observe;
 use super::{Buffers, Layer, Model, ModelError, Part};
 use crate::kernels::ColumnList;
 use crate::ops::{
     ColumnMatrix, ColumnMemory, ColumnScratch, Compute, Epilogue, Inputs, MatmulScratch, PackedColumns,
-    add_rows, matmul, matmul_columns, rms_norm_then, swiglu_columns,
+    add_rows, matmul, matmul_columns, matmul_swiglu_chosen, rms_norm_then, swiglu_columns,
 };
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
@@ -22,8 +22,7 @@ pub(super) struct PreparedCut {
     down_base: Vec<f32>,
     /// `None` where a matrix is not quantised: nothing is saved then.
     layouts: Option<Layouts>,
-    /// `None` where the layer was prepared to be measured, not to be fast.
-    columns: Option<Columns>,
+    columns: Columns,
 }
 
 /// Column forms of an FFN's matrices.
@@ -33,10 +32,50 @@ struct Layouts {
     down: ColumnLayout,
 }
 
+/// The matrices that are laid out by columns.
+#[derive(Default)]
 struct Columns {
-    gate: ColumnMatrix,
-    up: ColumnMatrix,
-    down: ColumnMatrix,
+    gate_up: Option<[ColumnMatrix; 2]>,
+    down: Option<ColumnMatrix>,
+}
+
+impl Columns {
+    fn all(&self) -> impl Iterator<Item = &ColumnMatrix> {
+        self.gate_up.iter().flatten().chain(&self.down)
+    }
+}
+
+/// Which matrices of an FFN are laid out by columns when cuts are prepared. The others are read by rows: results are the
+/// same, and counts of bytes that are left unread too, but nothing is saved by columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ColumnForms {
+    /// None: for measuring what cuts cost in quality.
+    None,
+    /// Down alone: for [`Cut::Neurons`].
+    Down,
+    /// All: for [`Cut::Columns`].
+    All,
+}
+
+/// What a row touches of the matrices of a cut FFN.
+#[derive(Clone, Copy)]
+struct Read {
+    gate_up: GateUpRead,
+    down: Touched,
+}
+
+#[derive(Clone, Copy)]
+enum GateUpRead {
+    /// Of both.
+    Columns(Touched),
+    /// Rows of up; gate is read in full.
+    Rows(usize),
+}
+
+impl Default for Read {
+    fn default() -> Self {
+        Self { gate_up: GateUpRead::Rows(0), down: Touched::default() }
+    }
 }
 
 /// Buffers of cuts: allocated with a state, used in every step.
@@ -51,8 +90,9 @@ pub(super) struct CutScratch {
     columns: ColumnScratch,
     /// What each row's thresholds are multiplied with: the bits of an f32, that rows can be shared among threads.
     factors: Vec<AtomicU32>,
-    /// What each row touches of gate and up, and of down.
-    touched: Vec<[Touched; 2]>,
+    /// Rows of up that each row wants: numbers, in the same form.
+    wanted: Vec<AtomicU32>,
+    read: Vec<Read>,
 }
 
 impl CutScratch {
@@ -63,23 +103,23 @@ impl CutScratch {
         }
         let (d, ffn) = (model.config.embedding, model.config.ffn);
         let mut columns = ColumnScratch::default();
-        let prepared = model.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
-        columns.reserve(prepared.flat_map(|c| [&c.gate, &c.up, &c.down]));
+        columns.reserve(model.cuts.iter().flatten().flat_map(|cut| cut.columns.all()));
         Self {
             gate_up: vec![0.0; batch * 2 * ffn],
             inputs: ColumnList::with_capacity(d),
             inner: ColumnList::with_capacity(ffn),
             columns,
             factors: (0..batch).map(|_| AtomicU32::default()).collect(),
-            touched: Vec::with_capacity(batch),
+            wanted: (0..batch).map(|_| AtomicU32::default()).collect(),
+            read: Vec::with_capacity(batch),
         }
     }
 }
 
 impl Model {
     /// Makes the layers of `plan` ready to be cut: checks their vectors, multiplies the centres with the weights, and
-    /// lays their FFNs out by columns, so that what is cut is not read. That takes about as much memory as those
-    /// layers' FFNs have ([`column_bytes`](Self::column_bytes)), besides the file's own, which prompts still use.
+    /// lays matrices of their FFNs out by columns, so that what is cut is not read. That takes about as much memory as
+    /// those matrices have ([`column_bytes`](Self::column_bytes)), besides the file's own, which prompts still use.
     /// `progress(layers done, layers)` is called after each.
     ///
     /// States made before do not have the buffers of a cut: call this first.
@@ -91,27 +131,7 @@ impl Model {
         &mut self,
         on: Compute<'_>,
         plan: CutPlan,
-        progress: impl FnMut(usize, usize),
-    ) -> Result<(), ModelError> {
-        self.prepare(on, plan, true, progress)
-    }
-
-    /// [`prepare_cuts`](Self::prepare_cuts) without the layout by columns: the same results, and the same counts of
-    /// bytes that would be left unread, but every product reads all. For measuring what cuts cost in quality.
-    pub fn prepare_cuts_by_rows(
-        &mut self,
-        on: Compute<'_>,
-        plan: CutPlan,
-        progress: impl FnMut(usize, usize),
-    ) -> Result<(), ModelError> {
-        self.prepare(on, plan, false, progress)
-    }
-
-    fn prepare(
-        &mut self,
-        on: Compute<'_>,
-        plan: CutPlan,
-        by_columns: bool,
+        forms: ColumnForms,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
         let layers = self.layers.len();
@@ -123,34 +143,34 @@ impl Model {
             check_depth(i, &cut.depth, self.config.embedding)?;
             check_side(i, &cut.inputs, ["centre of inputs", "weight of inputs"], self.config.embedding)?;
             check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
+            check_weight(i, &cut.gate, "weight of gates", self.config.ffn)?;
         }
         let layouts: Vec<_> = self.layers.iter().map(Layouts::new).collect();
-        let needed = layouts.iter().zip(&plan.layers).filter(|(_, cut)| by_columns && cut.is_some());
+        let needed = layouts.iter().zip(&plan.layers).filter(|(_, cut)| cut.is_some());
         let needed = needed.filter_map(|(layouts, _)| layouts.as_ref());
-        let mut memory = ColumnMemory::new(needed.flat_map(|l| [&l.gate, &l.up, &l.down]))?;
+        let mut memory = ColumnMemory::new(needed.flat_map(|l| l.of(forms)))?;
         let (mut cuts, mut packed) = (Vec::with_capacity(layers), Vec::with_capacity(layers));
         for (i, (cut, layouts)) in plan.layers.into_iter().zip(layouts).enumerate() {
             let layer = &self.layers[i];
-            let of_cut = layouts.as_ref().filter(|_| by_columns && cut.is_some());
-            packed.push(of_cut.map(|layouts| layouts.pack(on, layer, &mut memory)));
+            let of_cut = layouts.as_ref().filter(|_| cut.is_some());
+            packed.push(of_cut.map_or_else(Vec::new, |layouts| layouts.pack(on, layer, forms, &mut memory)));
             cuts.push(cut.map(|cut| PreparedCut::new(on, layer, cut, layouts)));
             progress(i + 1, layers);
         }
         let memory = memory.finish();
         for (cut, packed) in cuts.iter_mut().zip(packed) {
-            if let (Some(cut), Some(packed)) = (cut, packed) {
-                let [gate, up, down] = packed.map(|packed| packed.read(&memory));
-                cut.columns = Some(Columns { gate, up, down });
-            }
+            let Some(cut) = cut else { continue };
+            let mut packed = packed.into_iter().map(|packed| packed.read(&memory));
+            cut.columns.down = packed.next();
+            cut.columns.gate_up = packed.next().zip(packed.next()).map(|(gate, up)| [gate, up]);
         }
-        self.cuts = cuts;
+        (self.cuts, self.column_forms) = (cuts, forms);
         Ok(())
     }
 
     /// Bytes of memory that FFNs laid out by columns take.
     pub fn column_bytes(&self) -> usize {
-        let columns = self.cuts.iter().flatten().filter_map(|cut| cut.columns.as_ref());
-        columns.map(|c| c.gate.bytes() + c.up.bytes() + c.down.bytes()).sum()
+        self.cuts.iter().flatten().flat_map(|cut| cut.columns.all()).map(ColumnMatrix::bytes).sum()
     }
 
     /// Gives up what [`prepare_cuts`](Self::prepare_cuts) made.
@@ -181,17 +201,17 @@ impl Model {
         let observed = parts.iter().any(Part::observed);
         let (rows, plan) = (&s.cut_rows[..], &prepared.plan);
         let (cuts, factors) = (&mut s.cuts[..], &s.cut.factors[..]);
-        s.cut.touched.clear();
-        s.cut.touched.resize(rows.len(), Default::default());
+        s.cut.read.clear();
+        s.cut.read.resize(rows.len(), Read::default());
         rms_norm_then(on, &s.x, rows, &layer.ffn.norm, c.norm_eps, &mut s.normed, |i, x| {
             let depth = &plan.depth;
             let product = if depth.weight.is_empty() { 0.0 } else { on.kernels.dot_f32(&depth.weight, x) };
             let factor = depth.factor(product);
             factors[i].store(factor.to_bits(), Ordering::Relaxed);
-            plan.inputs.apply(cuts[i].inputs * factor, x);
+            plan.inputs.apply(cuts[i].inputs() * factor, x);
         });
         for (cut, factor) in cuts.iter_mut().zip(factors) {
-            cut.inner *= f32::from_bits(factor.load(Ordering::Relaxed));
+            *cut = cut.times(f32::from_bits(factor.load(Ordering::Relaxed)));
         }
         s.inner.reshape(rows.len(), c.ffn);
         prepared.gate_up(on, layer, &s.normed, cuts, &mut s.cut, &mut s.matmul, &mut s.inner);
@@ -201,26 +221,37 @@ impl Model {
             observe(on, &s.x, rows, out, &s.owners, parts, index);
         }
         add_rows(&mut s.x, rows, out, c.embedding);
-        for (&row, &touched) in rows.iter().zip(&s.cut.touched) {
+        for (&row, &read) in rows.iter().zip(&s.cut.read) {
             let stats = &mut parts[s.owners[row].part].sequence.stats;
-            stats.unread(index, prepared.unread(layer, touched));
+            stats.unread(index, prepared.unread(layer, read));
         }
     }
 }
 
 fn check_side(layer: usize, side: &CutSide, names: [&'static str; 2], n: usize) -> Result<(), ModelError> {
-    for (what, vector) in names.into_iter().zip([&side.centre, &side.weight]) {
-        if !vector.is_empty() && vector.len() != n {
-            return Err(ModelError::CutShape { layer, what, found: vector.len(), expected: n });
-        }
+    check_vector(layer, &side.centre, names[0], n, ("a finite number", f32::is_finite))?;
+    check_weight(layer, &side.weight, names[1], n)
+}
+
+fn check_weight(layer: usize, vector: &[f32], what: &'static str, n: usize) -> Result<(), ModelError> {
+    check_vector(layer, vector, what, n, ("a finite number of at least 0", |v| v.is_finite() && v >= 0.0))
+}
+
+/// A vector is empty or has `n` values that fit.
+fn check_vector(
+    layer: usize,
+    vector: &[f32],
+    what: &'static str,
+    n: usize,
+    (expected, fits): (&'static str, fn(f32) -> bool),
+) -> Result<(), ModelError> {
+    if !vector.is_empty() && vector.len() != n {
+        return Err(ModelError::CutShape { layer, what, found: vector.len(), expected: n });
     }
-    let value =
-        |what, vector: &[f32], expected, fits: fn(f32) -> bool| match vector.iter().position(|&v| !fits(v)) {
-            Some(index) => Err(ModelError::CutValue { layer, what, index, found: vector[index], expected }),
-            None => Ok(()),
-        };
-    value(names[0], &side.centre, "a finite number", f32::is_finite)?;
-    value(names[1], &side.weight, "a finite number of at least 0", |v| v.is_finite() && v >= 0.0)
+    match vector.iter().position(|&v| !fits(v)) {
+        Some(index) => Err(ModelError::CutValue { layer, what, index, found: vector[index], expected }),
+        None => Ok(()),
+    }
 }
 
 fn check_depth(layer: usize, depth: &Depth, n: usize) -> Result<(), ModelError> {
@@ -242,11 +273,11 @@ impl PreparedCut {
         let (gate, up, down) = (layer.ffn.gate.matrix(), layer.ffn.up.matrix(), layer.ffn.down.matrix());
         let gate_up_base = base(on, &[gate, up], &plan.inputs);
         let down_base = base(on, &[down], &plan.inner);
-        Self { plan, gate_up_base, down_base, layouts, columns: None }
+        Self { plan, gate_up_base, down_base, layouts, columns: Columns::default() }
     }
 
-    /// `cut(silu(W_gate x) * W_up x)` of the rows `x`, by column for a single row, else by row, with zeros for what is
-    /// cut: several rows need nearly all columns, and the dense product reads them once for all.
+    /// `cut(silu(W_gate x) * W_up x)` of the rows `x`. A single row reads what it needs; several need nearly all, and the
+    /// dense product reads it once for all.
     #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
     fn gate_up(
         &self,
@@ -258,27 +289,101 @@ impl PreparedCut {
         m: &mut [MatmulScratch],
         inner: &mut Inputs,
     ) {
-        let (bias, side, n, ffn) =
-            (&self.gate_up_base[..], &self.plan.inner, x.rows(), layer.ffn.gate.rows());
-        if let Some(c) = self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
-            x.choose_columns(c.gate.layout().group_len(), 0, &mut s.inputs);
-            let (list, out) = (&s.inputs, inner.values_mut());
-            swiglu_columns(on, &c.gate, &c.up, list, bias, &mut s.columns, out, |first, inner| {
-                side.apply_from(cuts[0].inner, first, inner);
-            });
-            inner.quantize(on);
-            s.touched[0][0] = s.inputs.touched();
-            return;
+        match (cuts, &self.columns.gate_up) {
+            _ if x.are_many() => self.gate_up_dense(on, layer, x, cuts, s, m, inner),
+            (&[Cut::Columns { inner: threshold, .. }], Some(columns)) => {
+                self.gate_up_by_columns(on, columns, x, threshold, s, inner);
+            }
+            (&[Cut::Neurons { gate, inner: threshold }], _) if self.layouts.is_some() => {
+                self.gate_up_of_neurons(on, layer, x, [gate, threshold], s, m, inner);
+            }
+            _ => self.gate_up_dense(on, layer, x, cuts, s, m, inner),
         }
+    }
+
+    fn gate_up_by_columns(
+        &self,
+        on: Compute<'_>,
+        [gate, up]: &[ColumnMatrix; 2],
+        x: &Inputs,
+        threshold: f32,
+        s: &mut CutScratch,
+        inner: &mut Inputs,
+    ) {
+        x.choose_columns(gate.layout().group_len(), 0, &mut s.inputs);
+        let (list, out, bias) = (&s.inputs, inner.values_mut(), &self.gate_up_base);
+        swiglu_columns(on, gate, up, list, bias, &mut s.columns, out, |first, inner| {
+            self.plan.inner.apply_from(threshold, first, inner);
+        });
+        inner.quantize(on);
+        s.read[0].gate_up = GateUpRead::Columns(s.inputs.touched());
+    }
+
+    /// Up by rows, of the neurons that the gate tells to matter.
+    #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
+    fn gate_up_of_neurons(
+        &self,
+        on: Compute<'_>,
+        layer: &Layer,
+        x: &Inputs,
+        [of_gate, of_inner]: [f32; 2],
+        s: &mut CutScratch,
+        m: &mut [MatmulScratch],
+        inner: &mut Inputs,
+    ) {
+        let (matrices, wanted) = ([layer.ffn.gate.matrix(), layer.ffn.up.matrix()], AtomicUsize::new(0));
+        let (out, bias, plan) = (inner.values_mut(), &self.gate_up_base, &self.plan);
+        let choose = |first, gate: &[f32], list: &mut Vec<u32>, inner: &mut [f32]| {
+            plan.list_neurons(of_gate, first, gate, list, inner);
+            wanted.fetch_add(list.len(), Ordering::Relaxed);
+        };
+        let then = |first, inner: &mut [f32]| plan.inner.apply_from(of_inner, first, inner);
+        matmul_swiglu_chosen(on, matrices, x, bias, out, m, choose, then);
+        inner.quantize(on);
+        s.read[0].gate_up = GateUpRead::Rows(wanted.into_inner());
+    }
+
+    /// With zeros for what is cut.
+    #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
+    fn gate_up_dense(
+        &self,
+        on: Compute<'_>,
+        layer: &Layer,
+        x: &Inputs,
+        cuts: &[Cut],
+        s: &mut CutScratch,
+        m: &mut [MatmulScratch],
+        inner: &mut Inputs,
+    ) {
+        let (n, ffn) = (x.rows(), layer.ffn.gate.rows());
         let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
         let gate_up = &mut s.gate_up[..n * 2 * ffn];
-        matmul(on, &stack, x, Epilogue::Bias(bias), gate_up, m);
-        count(on, self.layouts.as_ref().map(|l| &l.gate), x, &mut s.touched, 0);
+        matmul(on, &stack, x, Epilogue::Bias(&self.gate_up_base), gate_up, m);
+        let (gate_up, wanted) = (&*gate_up, &s.wanted);
         inner.fill(on, |i, inner| {
             let (gate, up) = gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
             inner.copy_from_slice(gate);
-            on.kernels.silu_mul(inner, up);
-            side.apply(cuts[i].inner, inner);
+            let threshold = match cuts[i] {
+                Cut::Columns { inner: threshold, .. } => {
+                    on.kernels.silu_mul(inner, up);
+                    threshold
+                }
+                Cut::Neurons { gate: of_gate, inner: threshold } => {
+                    on.kernels.silu(inner);
+                    wanted[i].store(self.plan.meet(of_gate, inner, up), Ordering::Relaxed);
+                    threshold
+                }
+            };
+            self.plan.inner.apply(threshold, inner);
+        });
+        let Some(layouts) = &self.layouts else { return };
+        on.team.for_plain_tiles(&mut s.read, 1, (16, 1), |mut tile| {
+            for r in tile.rows() {
+                tile.row(r)[0].gate_up = match cuts[r] {
+                    Cut::Columns { .. } => GateUpRead::Columns(x.touched(r, layouts.gate.group_len())),
+                    Cut::Neurons { .. } => GateUpRead::Rows(wanted[r].load(Ordering::Relaxed) as usize),
+                };
+            }
         });
     }
 
@@ -292,25 +397,30 @@ impl PreparedCut {
         m: &mut [MatmulScratch],
         out: &mut [f32],
     ) {
-        let (bias, n) = (&self.down_base, x.rows());
-        match self.columns.as_ref().filter(|_| n == 1 && !x.are_many()) {
-            Some(c) => {
-                x.choose_columns(c.down.layout().group_len(), 0, &mut s.inner);
-                matmul_columns(on, &c.down, &s.inner, bias, &mut s.columns, out);
-                s.touched[0][1] = s.inner.touched();
-            }
-            None => {
-                matmul(on, &[layer.ffn.down.matrix()], x, Epilogue::Bias(bias), out, m);
-                count(on, self.layouts.as_ref().map(|l| &l.down), x, &mut s.touched, 1);
-            }
+        let bias = &self.down_base;
+        if let Some(down) = self.columns.down.as_ref().filter(|_| x.rows() == 1 && !x.are_many()) {
+            x.choose_columns(down.layout().group_len(), 0, &mut s.inner);
+            matmul_columns(on, down, &s.inner, bias, &mut s.columns, out);
+            s.read[0].down = s.inner.touched();
+            return;
         }
+        matmul(on, &[layer.ffn.down.matrix()], x, Epilogue::Bias(bias), out, m);
+        let Some(layouts) = &self.layouts else { return };
+        on.team.for_plain_tiles(&mut s.read, 1, (16, 1), |mut tile| {
+            for r in tile.rows() {
+                tile.row(r)[0].down = x.touched(r, layouts.down.group_len());
+            }
+        });
     }
 
-    /// Bytes of the layer's FFN that a row which touches so much of it leaves unread.
-    fn unread(&self, layer: &Layer, [inputs, inner]: [Touched; 2]) -> i64 {
-        let Some(l) = &self.layouts else { return 0 };
-        let read = l.gate.bytes_read(inputs) + l.up.bytes_read(inputs) + l.down.bytes_read(inner);
-        layer.ffn.bytes() as i64 - read as i64
+    /// Bytes of the layer's FFN that a row which reads so much of it leaves unread.
+    fn unread(&self, layer: &Layer, read: Read) -> i64 {
+        let (Some(l), ffn) = (&self.layouts, &layer.ffn) else { return 0 };
+        let gate_up = match read.gate_up {
+            GateUpRead::Columns(touched) => l.gate.bytes_read(touched) + l.up.bytes_read(touched),
+            GateUpRead::Rows(rows) => ffn.gate.bytes() + rows * ffn.up.matrix().row_bytes(),
+        };
+        ffn.bytes() as i64 - (gate_up + l.down.bytes_read(read.down)) as i64
     }
 }
 
@@ -323,22 +433,28 @@ impl Layouts {
         (gate.group_len() == up.group_len()).then_some(Self { gate, up, down })
     }
 
-    /// Gate, up and down.
-    fn pack(&self, on: Compute<'_>, layer: &Layer, memory: &mut ColumnMemory) -> [PackedColumns; 3] {
-        let ffn = &layer.ffn;
-        [(&ffn.gate, &self.gate), (&ffn.up, &self.up), (&ffn.down, &self.down)]
-            .map(|(matrix, layout)| PackedColumns::new(on, &matrix.matrix(), layout, memory))
+    /// Those of `forms`, of down, gate and up.
+    fn of(&self, forms: ColumnForms) -> impl Iterator<Item = &ColumnLayout> {
+        let n = match forms {
+            ColumnForms::None => 0,
+            ColumnForms::Down => 1,
+            ColumnForms::All => 3,
+        };
+        [&self.down, &self.gate, &self.up].into_iter().take(n)
     }
-}
 
-/// What each row of `x` would touch of a matrix laid out by columns.
-fn count(on: Compute<'_>, layout: Option<&ColumnLayout>, x: &Inputs, to: &mut [[Touched; 2]], side: usize) {
-    let Some(group_len) = layout.map(|l| l.group_len()) else { return };
-    on.team.for_plain_tiles(to, 1, (16, 1), |mut tile| {
-        for r in tile.rows() {
-            tile.row(r)[0][side] = x.touched(r, group_len);
-        }
-    });
+    /// The matrices of `forms`, in the order of [`of`](Self::of).
+    fn pack(
+        &self,
+        on: Compute<'_>,
+        layer: &Layer,
+        forms: ColumnForms,
+        memory: &mut ColumnMemory,
+    ) -> Vec<PackedColumns> {
+        let matrices = [&layer.ffn.down, &layer.ffn.gate, &layer.ffn.up];
+        let pairs = matrices.into_iter().zip(self.of(forms));
+        pairs.map(|(matrix, layout)| PackedColumns::new(on, &matrix.matrix(), layout, memory)).collect()
+    }
 }
 
 /// The product of the stacked matrices with the centre, in f32; nothing where the centre is zero.

@@ -19,6 +19,7 @@ use std::sync::OnceLock;
 
 pub use buffers::{Buffers, Products};
 pub use config::{Architecture, Config, RopeConfig};
+pub use cut::ColumnForms;
 pub use error::ModelError;
 pub use kv::{KvCache, KvType};
 pub use layers::{Attention, Ffn, Layer};
@@ -43,6 +44,8 @@ pub struct Model {
     layers: Vec<Layer>,
     /// What may be cut, by layer; empty until [`prepare_cuts`](Self::prepare_cuts).
     cuts: Vec<Option<PreparedCut>>,
+    /// What those have laid out by columns.
+    column_forms: ColumnForms,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -88,6 +91,7 @@ impl Model {
             embedding,
             layers,
             cuts: Vec::new(),
+            column_forms: ColumnForms::None,
             output_norm,
             output,
             rope_frequencies,
@@ -142,25 +146,32 @@ impl Model {
         progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
         match self.plan_to_prepare(options)? {
-            Some(plan) => self.prepare_cuts(on, plan, progress),
+            Some((plan, forms)) => self.prepare_cuts(on, plan, forms, progress),
             None => Ok(()),
         }
     }
 
-    /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: see
-    /// [`prepare_cuts_by_rows`](Self::prepare_cuts_by_rows).
+    /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: with [`ColumnForms::None`].
     pub fn prepare_skip_by_rows(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
         match self.plan_to_prepare(options)? {
-            Some(plan) => self.prepare_cuts_by_rows(on, plan, |_, _| {}),
+            Some((plan, _)) => self.prepare_cuts(on, plan, ColumnForms::None, |_, _| {}),
             None => Ok(()),
         }
     }
 
     /// What `options` need that is not there yet.
-    fn plan_to_prepare(&self, options: &SkipOptions) -> Result<Option<CutPlan>, ModelError> {
-        let options = options.resolved(self.calibration())?;
+    fn plan_to_prepare(
+        &self,
+        options: &SkipOptions,
+    ) -> Result<Option<(CutPlan, ColumnForms)>, ModelError> {
+        let forms = match options.resolved(self.calibration())?.mode {
+            SkipMode::Cut => ColumnForms::All,
+            SkipMode::Neurons => ColumnForms::Down,
+            _ => return Ok(None),
+        };
         let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
-        Ok(plan.filter(|_| options.mode == SkipMode::Cut && !self.has_cuts()).cloned())
+        let there = self.has_cuts() && self.column_forms >= forms;
+        Ok(plan.filter(|_| !there).map(|plan| (plan.clone(), forms)))
     }
 
     /// What is known about skipping in this model.

@@ -53,13 +53,16 @@ pub struct MatmulScratch {
     acc: Vec<f32>,
     up: Vec<f32>,
     wide: Vec<f32>,
+    /// Rows chosen, of a chunk.
+    chosen: Vec<u32>,
 }
 
 impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
         let n = (rows * PANEL_ROWS * MAX_PANELS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
-        Self { acc: vec![0.0; n], up: vec![0.0; n], ..Self::default() }
+        let chosen = Vec::with_capacity(outputs.max(MIN_CHUNK));
+        Self { acc: vec![0.0; n], up: vec![0.0; n], chosen, ..Self::default() }
     }
 }
 
@@ -135,6 +138,47 @@ pub fn matmul_swiglu(
                 copy(&mut row[part.cols.clone()], gate);
             }
         }
+    });
+}
+
+/// [`matmul_swiglu`] for a single row that wants up of some neurons only, and biases (of gate and then of up; an empty one:
+/// none): `choose(first, gate, list, out)` is shown `silu(gate x)` of the neurons from `first` on, lists those wanted, as they
+/// are counted from there, and writes what the others become. `then(first, out)` may change the results.
+///
+/// # Panics
+/// If `x` has another number of rows, or the matrices are not quantised.
+#[allow(clippy::too_many_arguments)] // what a product takes, and what follows it
+pub fn matmul_swiglu_chosen(
+    on: Compute<'_>,
+    [gate, up]: [Matrix<'_>; 2],
+    x: &Inputs,
+    bias: &[f32],
+    out: &mut [f32],
+    scratch: &mut [MatmulScratch],
+    choose: impl Fn(usize, &[f32], &mut Vec<u32>, &mut [f32]) + Sync,
+    then: impl Fn(usize, &mut [f32]) + Sync,
+) {
+    assert!(x.rows == 1 && !x.are_many());
+    let outputs = gate.rows_len();
+    let (gate_bias, up_bias) = bias.split_at(bias.len() / 2);
+    let chunk = chunk_rows(on, x, &gate, outputs);
+    on.team.for_tiles(out, outputs, (1, chunk), scratch, |scratch, mut tile| {
+        let cols = tile.cols();
+        product(on, &gate, cols.clone(), x, scratch);
+        let MatmulScratch { acc, up: of_up, chosen, .. } = scratch;
+        let (gate, out) = (&mut acc[..cols.len()], tile.row(0));
+        if !gate_bias.is_empty() {
+            gate.iter_mut().zip(&gate_bias[cols.clone()]).for_each(|(gate, bias)| *gate += bias);
+        }
+        on.kernels.silu(gate);
+        choose(cols.start, gate, chosen, out);
+        let ups = &mut of_up[..chosen.len()];
+        on.kernels.dot_listed(up.ty(), up.rows(cols.clone()), chosen, x.q8.row(0), ups);
+        for (&row, up) in chosen.iter().zip(&*ups) {
+            let row = row as usize;
+            out[row] = gate[row] * (up + up_bias.get(cols.start + row).copied().unwrap_or(0.0));
+        }
+        then(cols.start, out);
     });
 }
 

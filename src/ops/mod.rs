@@ -10,7 +10,7 @@ mod norm;
 mod rope;
 
 pub use columns::{ColumnMatrix, ColumnMemory, ColumnScratch, PackedColumns, matmul_columns, swiglu_columns};
-pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu};
+pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu, matmul_swiglu_chosen};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 

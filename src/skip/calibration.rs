@@ -14,6 +14,10 @@ const VERSION: u32 = 1;
 /// Most entries of a curve and most points: far more than `skiff calibrate` writes.
 const MAX_ENTRIES: usize = 1024;
 
+/// What `--skip auto` may cost: mean KL divergence from the full model in nats, and perplexity in units of its own.
+const AUTO_KL: f32 = 0.04;
+const AUTO_PERPLEXITY: f32 = 1.03;
+
 /// How a policy's strength sets the share that it skips, measured on the calibration text.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Curve {
@@ -50,8 +54,10 @@ impl Curve {
 pub struct CutCalibration {
     /// Centres and weights.
     pub plan: CutPlan,
-    /// Threshold by share of FFN weight bytes.
+    /// Threshold of `cut` by share of FFN weight bytes.
     pub curve: Curve,
+    /// Threshold of `neurons` by share of FFN weight bytes; empty in files of older versions.
+    pub neurons: Curve,
 }
 
 /// The measured quality of a policy at a strength, on text that it was not calibrated on.
@@ -71,6 +77,13 @@ pub struct Point {
     pub kl: f32,
     /// Share of tokens whose most likely successor is the full model's.
     pub same_top1: f32,
+}
+
+impl Point {
+    /// Whether `--skip auto` may take it: mean KL divergence of 0.04 nats and 1.03 times the perplexity at most.
+    pub fn is_good(&self) -> bool {
+        self.kl <= AUTO_KL && self.perplexity <= AUTO_PERPLEXITY && self.bytes > 0.0
+    }
 }
 
 /// What `skiff calibrate` measures. Vectors have an entry a layer unless they say otherwise.
@@ -142,6 +155,21 @@ impl Calibration {
     /// The point that `--skip auto` takes.
     pub fn auto_point(&self) -> Option<&Point> {
         self.auto.and_then(|i| self.points.get(i))
+    }
+
+    /// The points among which `--skip auto` chooses where it can time them: its own, and of each other policy the one with the
+    /// most bytes unread of those that are good enough.
+    pub fn auto_candidates(&self) -> Vec<&Point> {
+        let Some(own) = self.auto_point() else { return Vec::new() };
+        let mut candidates = vec![own];
+        for point in self.points.iter().filter(|point| point.is_good() && point.policy != own.policy) {
+            match candidates.iter_mut().find(|found| found.policy == point.policy) {
+                Some(found) if found.bytes < point.bytes => *found = point,
+                Some(_) => {}
+                None => candidates.push(point),
+            }
+        }
+        candidates
     }
 
     /// Reads the file `bytes`, whose header is `file`, for a model of the shapes `facts` and with `fingerprint`.
@@ -217,6 +245,8 @@ impl Calibration {
             file.insert("skip.cut.depth", cut.plan.layers.iter().map(bias).collect::<Vec<f32>>())?;
             file.insert("skip.cut.ratio", cut.curve.ratios.clone())?;
             file.insert("skip.cut.strength", cut.curve.strengths.clone())?;
+            file.insert("skip.neurons.ratio", cut.neurons.ratios.clone())?;
+            file.insert("skip.neurons.strength", cut.neurons.strengths.clone())?;
         }
         self.write_points(file)
     }
@@ -235,13 +265,14 @@ impl Calibration {
 /// A tensor of the file: name, columns, what its values may be, and the vector of a layer that is a row of it.
 type FileSide = (&'static str, usize, &'static Range, fn(&mut LayerCut) -> &mut Vec<f32>);
 
-fn file_sides(facts: &ModelFacts) -> [FileSide; 5] {
+fn file_sides(facts: &ModelFacts) -> [FileSide; 6] {
     [
         ("cut.depth.weight", facts.embedding, &FINITE, |cut| &mut cut.depth.weight),
         ("cut.inputs.centre", facts.embedding, &FINITE, |cut| &mut cut.inputs.centre),
         ("cut.inputs.weight", facts.embedding, &POSITIVE, |cut| &mut cut.inputs.weight),
         ("cut.inner.centre", facts.ffn, &FINITE, |cut| &mut cut.inner.centre),
         ("cut.inner.weight", facts.ffn, &POSITIVE, |cut| &mut cut.inner.weight),
+        ("cut.gate.weight", facts.ffn, &POSITIVE, |cut| &mut cut.gate),
     ]
 }
 
@@ -303,6 +334,7 @@ impl CutPlan {
             round(&mut cut.depth.weight);
             round_side(&mut cut.inputs);
             round_side(&mut cut.inner);
+            round(&mut cut.gate);
         }
         plan
     }
@@ -412,7 +444,11 @@ impl Reader<'_> {
             }
         }
         let curve = self.curve("skip.cut", &POSITIVE)?;
-        Ok(Some(CutCalibration { plan: CutPlan { layers }, curve }))
+        let neurons = match self.metadata.opt_array_f32("skip.neurons.ratio")? {
+            Some(_) => self.curve("skip.neurons", &POSITIVE)?,
+            None => Curve::default(),
+        };
+        Ok(Some(CutCalibration { plan: CutPlan { layers }, curve, neurons }))
     }
 
     /// The tensor `name`, `[rows, n]`, if there is one.

@@ -1,4 +1,4 @@
-//! Cutting every FFN by the same thresholds, after a warm-up.
+//! Cutting every FFN by the same thresholds, after a warm-up: `cut` and `neurons`.
 
 use std::ops::Range;
 
@@ -16,20 +16,25 @@ pub struct Cutting {
 }
 
 impl Cutting {
-    /// Cuts the FFNs of the layers `warm` at `threshold`.
-    pub fn new(threshold: f32, warm_up: usize, warm: Range<usize>) -> Self {
-        Self::with_cut(Cut { inputs: threshold, inner: threshold }, warm_up, warm)
+    /// Leaves out columns of the FFNs of the layers `warm` at `threshold`.
+    pub fn columns(threshold: f32, warm_up: usize, warm: Range<usize>) -> Self {
+        let cut = Cut::Columns { inputs: threshold, inner: threshold };
+        Self { cut, warm_up, warm, warming_up: true }
     }
 
-    /// Cuts with a threshold for each side.
-    pub fn with_cut(cut: Cut, warm_up: usize, warm: Range<usize>) -> Self {
+    /// Leaves out neurons of the FFNs of the layers `warm` at `threshold`.
+    pub fn neurons(threshold: f32, warm_up: usize, warm: Range<usize>) -> Self {
+        let cut = Cut::Neurons { gate: threshold, inner: threshold };
         Self { cut, warm_up, warm, warming_up: true }
     }
 }
 
 impl SkipPolicy for Cutting {
     fn name(&self) -> &'static str {
-        "cut"
+        match self.cut {
+            Cut::Columns { .. } => "cut",
+            Cut::Neurons { .. } => "neurons",
+        }
     }
 
     fn begin_token(&mut self, index: usize) {
@@ -52,8 +57,8 @@ mod tests {
 
     #[test]
     fn cuts_after_the_warm_up_and_between_cold_regions() {
-        let mut policy = Cutting::new(0.5, 2, 1..3);
-        let cut = Decision::Cut(Cut { inputs: 0.5, inner: 0.5 });
+        let mut policy = Cutting::columns(0.5, 2, 1..3);
+        let cut = Decision::Cut(Cut::Columns { inputs: 0.5, inner: 0.5 });
         let decisions = |policy: &mut Cutting, index| {
             policy.begin_token(index);
             [0, 1, 2, 3].map(|layer| policy.decide(layer))

@@ -1,6 +1,10 @@
 //! What a user asks for, checked against the model it is for.
 
-use super::{Calibration, Cutting, FfnSkip, Never, Random, ShortGpt, SkipDecode, SkipPolicy, Static};
+use std::ops::Range;
+
+use super::{
+    Calibration, Curve, CutCalibration, Cutting, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode, SkipPolicy, Static,
+};
 
 /// Which policy.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,8 +24,10 @@ pub enum SkipMode {
     ShortGpt,
     /// Whole layers, the more the later the token.
     SkipDecode,
-    /// Inputs and neurons of every FFN.
+    /// Inputs and neurons of every FFN, by columns.
     Cut,
+    /// Neurons of every FFN, by rows of up and columns of down.
+    Neurons,
 }
 
 /// A policy and its parameters. `None`: the default for the model.
@@ -89,12 +95,12 @@ pub enum SkipError {
     NeedsCalibration { mode: &'static str, with: &'static str },
     #[error("--skip auto: the calibration file sends it to {found:?}")]
     NoPoint { found: String },
-    #[error("--skip cut: the calibration file has nothing on neurons; calibrate anew")]
-    NoCuts,
+    #[error("--skip {mode}: the calibration file has nothing on it; calibrate anew")]
+    NoCuts { mode: &'static str },
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 8] = [
+    const NAMES: [(&'static str, Self); 9] = [
         ("off", Self::Off),
         ("auto", Self::Auto),
         ("ffn-skip", Self::FfnSkip),
@@ -103,6 +109,7 @@ impl SkipMode {
         ("shortgpt", Self::ShortGpt),
         ("skipdecode", Self::SkipDecode),
         ("cut", Self::Cut),
+        ("neurons", Self::Neurons),
     ];
 
     /// The name of every mode, as `--skip` takes it.
@@ -126,7 +133,7 @@ impl SkipMode {
 
     /// Whether there is no policy of this mode without a calibration, whatever the parameters.
     pub fn needs_calibration(self) -> bool {
-        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut)
+        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut | Self::Neurons)
     }
 }
 
@@ -173,15 +180,32 @@ impl SkipOptions {
                 Box::new(SkipDecode::new(slope, times, warm))
             }
             SkipMode::Cut => {
-                let calibrated = self.calibrated(calibration)?.cut.as_ref().ok_or(SkipError::NoCuts)?;
-                let ratio = self.needed_ratio()?;
-                let threshold = calibrated.curve.strength(ratio);
-                let threshold = threshold.ok_or_else(|| self.too_high(ratio, calibrated.curve.most()))?;
-                // The plan knows which layers cannot be cut; the cold regions are those of whole blocks.
-                let (start, end) = self.cold.unwrap_or((0, layers));
-                Box::new(Cutting::new(threshold, warm_up, start..end))
+                let threshold = self.cut_threshold(calibration, |cut| &cut.curve)?;
+                Box::new(Cutting::columns(threshold, warm_up, self.cut_layers(layers)))
+            }
+            SkipMode::Neurons => {
+                let threshold = self.cut_threshold(calibration, |cut| &cut.neurons)?;
+                Box::new(Cutting::neurons(threshold, warm_up, self.cut_layers(layers)))
             }
         })
+    }
+
+    /// The plan knows which layers cannot be cut; the cold regions are those of whole blocks.
+    fn cut_layers(&self, layers: usize) -> Range<usize> {
+        let (start, end) = self.cold.unwrap_or((0, layers));
+        start..end
+    }
+
+    fn cut_threshold(
+        &self,
+        calibration: Option<&Calibration>,
+        curve: fn(&CutCalibration) -> &Curve,
+    ) -> Result<f32, SkipError> {
+        let none = SkipError::NoCuts { mode: self.mode.name() };
+        let calibrated = self.calibrated(calibration)?.cut.as_ref();
+        let curve = calibrated.map(curve).filter(|curve| !curve.ratios.is_empty()).ok_or(none)?;
+        let ratio = self.needed_ratio()?;
+        curve.strength(ratio).ok_or_else(|| self.too_high(ratio, curve.most()))
     }
 
     /// These options with `auto` replaced by what it stands for: nothing, where no setting of the calibration is good
@@ -193,6 +217,11 @@ impl SkipOptions {
         let Some(point) = self.calibrated(calibration)?.auto_point() else {
             return Ok(Self { mode: SkipMode::Off, ..self.clone() });
         };
+        self.at(point)
+    }
+
+    /// These options at the setting of a measured point.
+    pub fn at(&self, point: &Point) -> Result<Self, SkipError> {
         match SkipMode::from_name(&point.policy)? {
             SkipMode::Auto => Err(SkipError::NoPoint { found: point.policy.clone() }),
             mode => Ok(Self { mode, ratio: Some(point.ratio), ..self.clone() }),
@@ -297,7 +326,7 @@ mod tests {
 
     #[test]
     fn what_needs_a_calibration_says_how_to_make_one() {
-        for mode in [SkipMode::Auto, SkipMode::Static, SkipMode::ShortGpt, SkipMode::Cut] {
+        for mode in [SkipMode::Auto, SkipMode::Static, SkipMode::ShortGpt, SkipMode::Cut, SkipMode::Neurons] {
             let error = with(mode, |o| o.ratio = (o.mode != SkipMode::Auto).then_some(0.1)).unwrap_err();
             assert!(error.to_string().contains("skiff calibrate"), "{error}");
         }

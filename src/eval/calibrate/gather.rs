@@ -36,8 +36,11 @@ pub(super) struct LayerSums {
     pub pp: Vec<f64>,
     pub pq: Vec<f64>,
     pub qq: Vec<f64>,
-    /// Samples of the normed stream and of the inner activations, row after row.
+    /// Sums of `u^2`, `[ffn]`.
+    pub uu: Vec<f64>,
+    /// Samples of the normed stream, of `silu(g)` and of the inner activations, row after row.
     pub normed_samples: Vec<f32>,
+    pub gate_samples: Vec<f32>,
     pub inner_samples: Vec<f32>,
     /// The normed stream of more tokens: every [`trace_every`](Gatherer::trace_every)-th.
     pub traced: Vec<f32>,
@@ -50,8 +53,8 @@ impl Gatherer {
         (embedding, ffn): (usize, usize),
         (windows, context, warm_up): (usize, usize, usize),
     ) -> Self {
-        let sums =
-            LayerSums { pp: vec![0.0; ffn], pq: vec![0.0; ffn], qq: vec![0.0; ffn], ..LayerSums::default() };
+        let zeros = || vec![0.0; ffn];
+        let sums = LayerSums { pp: zeros(), pq: zeros(), qq: zeros(), uu: zeros(), ..LayerSums::default() };
         let tokens = windows * (context - warm_up);
         let every = tokens.div_ceil(SAMPLES);
         let trace_every = tokens.div_ceil(TRACED / (layers * embedding).max(1)).max(1);
@@ -89,6 +92,7 @@ impl Probe for Gatherer {
             sums.moments(gate, up);
             if sums.tokens.is_multiple_of(self.every) {
                 sums.normed_samples.extend_from_slice(normed);
+                sums.gate_samples.extend(gate.iter().map(|&g| silu(g)));
                 sums.inner_samples.extend_from_slice(inner);
             }
             if sums.tokens.is_multiple_of(self.trace_every) {
@@ -102,12 +106,12 @@ impl Probe for Gatherer {
 impl LayerSums {
     fn moments(&mut self, gate: &[f32], up: &[f32]) {
         for (i, (&g, &u)) in gate.iter().zip(up).enumerate() {
-            let sigmoid = 1.0 / (1.0 + (-g).exp());
-            let q = g * sigmoid;
+            let (sigmoid, q) = (sigmoid(g), silu(g));
             let p = u * (sigmoid + q * (1.0 - sigmoid));
             self.pp[i] += f64::from(p * p);
             self.pq[i] += f64::from(p * q);
             self.qq[i] += f64::from(q * q);
+            self.uu[i] += f64::from(u * u);
         }
     }
 
@@ -124,6 +128,14 @@ impl LayerSums {
     pub fn influence(&self) -> f32 {
         (1.0 - self.layer_cosine / self.tokens.max(1) as f64).clamp(0.0, 2.0) as f32
     }
+}
+
+fn sigmoid(g: f32) -> f32 {
+    1.0 / (1.0 + (-g).exp())
+}
+
+fn silu(g: f32) -> f32 {
+    g * sigmoid(g)
 }
 
 fn cosine(a: &[f32], b: &[f32]) -> f64 {

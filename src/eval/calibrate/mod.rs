@@ -10,17 +10,18 @@ mod gather;
 mod sense;
 mod weigh;
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::perplexity::{EvalError, Exact, PerplexityOptions, score_rows, with_policy};
-use crate::model::{FfnStep, KvType, Model, ModelError, State};
+use crate::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
     Calibration, Curve, CutCalibration, CutPlan, Cutting, FfnSkip, LayerCut, Never, Point, SkipError,
     SkipMode, SkipOptions, SkipPolicy, Static,
 };
 use gather::{Gatherer, LayerSums};
-use weigh::{Shares, layer_cut, trim_centres};
+use weigh::{Shares, gate_weights, layer_cut, trim_centres};
 
 /// Tokens of a window.
 const CONTEXT: usize = 512;
@@ -32,25 +33,26 @@ const COMPARED: usize = 128;
 const TRIALS: usize = 2;
 /// Shares that the policies' strengths are found for.
 const RATIOS: [f32; 12] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6];
+/// Curves of strengths: of `ffn-skip`, `cut` and `neurons`.
+const CURVES: usize = 3;
 /// Settings whose quality is measured.
-const POINTS: [(SkipMode, &[f32]); 6] = [
+const POINTS: [(SkipMode, &[f32]); 7] = [
     (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
+    (SkipMode::Neurons, &[0.1, 0.15, 0.2, 0.25, 0.3]),
     (SkipMode::FfnSkip, &[0.1, 0.2]),
     (SkipMode::Static, &[0.1, 0.2]),
     (SkipMode::Random, &[0.1]),
     (SkipMode::ShortGpt, &[0.1]),
     (SkipMode::SkipDecode, &[0.1]),
 ];
-/// How often the interval that holds the deepest cut that is good enough is halved.
+/// The policies whose deepest setting that is good enough is looked for, and how often the interval that holds it is halved.
+const REFINED: [SkipMode; 2] = [SkipMode::Cut, SkipMode::Neurons];
 const REFINEMENTS: usize = 2;
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
 /// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
 const TRIM_RATIO: f64 = 0.3;
 const TRIM_ROUNDS: usize = 3;
-/// What `--skip auto` may cost: mean KL divergence from the full model in nats, and perplexity in units of its own.
-const AUTO_KL: f32 = 0.04;
-const AUTO_PERPLEXITY: f32 = 1.03;
 
 /// How much text is used.
 #[derive(Clone, Debug)]
@@ -283,13 +285,14 @@ fn plan(
     });
     let weights = |cut: &LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
     let largest = cuts.iter().flat_map(weights).fold(f32::MIN_POSITIVE, f32::max);
-    for cut in &mut cuts {
+    for ((cut, sums), layer) in cuts.iter_mut().zip(layers).zip(model.layers()) {
         let weights = cut.inputs.weight.iter_mut().chain(&mut cut.inner.weight);
         weights.for_each(|weight| *weight *= WEIGHT_SCALE / largest);
+        cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
     }
     let mut plan = CutPlan { layers: cuts.into_iter().map(Some).collect() };
     for _ in 0..TRIM_ROUNDS {
-        let threshold = Shares::new(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
+        let threshold = Shares::of_columns(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
         let cuts = plan.layers.iter_mut().flatten();
         cuts.zip(layers).for_each(|(cut, sums)| trim_centres(cut, sums, [threshold; 2]));
     }
@@ -328,7 +331,7 @@ fn ffn_skip_curve(
     for (i, threshold) in shares.enumerate() {
         let trial = trials.run(model, on, Box::new(FfnSkip::new(threshold, 1, WARM_UP, cold)))?;
         measured.push((trial.blocks as f32, threshold));
-        report(&mut *progress, Stage::Strengths, i + 1, 2 * RATIOS.len())?;
+        report(&mut *progress, Stage::Strengths, i + 1, CURVES * RATIOS.len())?;
     }
     Ok(curve(measured))
 }
@@ -375,18 +378,23 @@ fn cuts(
 ) -> Result<CutCalibration> {
     let first = trials.first();
     let plan = plan(on, model, &first, (layers, targets), &mut *progress)?;
-    model.prepare_cuts_by_rows(on, plan.clone(), |_, _| {})?;
-    let shares = Shares::new(model, &plan, layers);
-    let mut measured = Vec::new();
-    for (i, &ratio) in RATIOS.iter().enumerate() {
-        if let Some(threshold) = shares.threshold(f64::from(ratio)) {
-            let policy = Cutting::new(threshold, WARM_UP, 0..layers.len());
-            let trial = trials.run(model, on, Box::new(policy))?;
-            measured.push((trial.bytes as f32, threshold));
+    model.prepare_cuts(on, plan.clone(), ColumnForms::None, |_, _| {})?;
+    let mut done = RATIOS.len();
+    let mut curve_of = |shares: Shares, policy: fn(f32, usize, Range<usize>) -> Cutting| -> Result<Curve> {
+        let mut measured = Vec::new();
+        for &ratio in &RATIOS {
+            if let Some(threshold) = shares.threshold(f64::from(ratio)) {
+                let trial = trials.run(model, on, Box::new(policy(threshold, WARM_UP, 0..layers.len())))?;
+                measured.push((trial.bytes as f32, threshold));
+            }
+            done += 1;
+            report(&mut *progress, Stage::Strengths, done, CURVES * RATIOS.len())?;
         }
-        report(&mut *progress, Stage::Strengths, RATIOS.len() + i + 1, 2 * RATIOS.len())?;
-    }
-    Ok(CutCalibration { plan, curve: curve(measured) })
+        Ok(curve(measured))
+    };
+    let columns = curve_of(Shares::of_columns(model, &plan, layers), Cutting::columns)?;
+    let neurons = curve_of(Shares::of_neurons(model, &plan, layers), Cutting::neurons)?;
+    Ok(CutCalibration { plan, curve: columns, neurons })
 }
 
 /// Measures settings on the held-out text.
@@ -404,7 +412,7 @@ fn points(
     }
     let settings: Vec<(SkipMode, f32)> =
         POINTS.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
-    let all = settings.len() + REFINEMENTS;
+    let all = settings.len() + REFINED.len() * REFINEMENTS;
     let measured = |mode: SkipMode, ratio, points: &mut Vec<Point>| -> Result<()> {
         let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
         match skip.policy(&model.facts(), Some(found)) {
@@ -419,9 +427,10 @@ fn points(
         measured(mode, ratio, &mut points)?;
         report(&mut *progress, Stage::Quality, i + 1, all)?;
     }
-    for i in 0..REFINEMENTS {
-        if let Some(ratio) = between(&points) {
-            measured(SkipMode::Cut, ratio, &mut points)?;
+    for i in 0..REFINED.len() * REFINEMENTS {
+        let mode = REFINED[i / REFINEMENTS];
+        if let Some(ratio) = between(&points, mode) {
+            measured(mode, ratio, &mut points)?;
         }
         report(&mut *progress, Stage::Quality, settings.len() + i + 1, all)?;
     }
@@ -434,17 +443,12 @@ fn order(point: &Point) -> Option<usize> {
     POINTS.iter().position(|(mode, _)| mode.name() == point.policy)
 }
 
-/// The ratio midway between the deepest cut that is good enough for `--skip auto` and the next that is not.
-fn between(points: &[Point]) -> Option<f32> {
-    let cuts = || points.iter().filter(|p| p.policy == SkipMode::Cut.name());
-    let deepest = cuts().filter(|p| good(p)).map(|p| p.ratio).max_by(f32::total_cmp)?;
-    let next = cuts().map(|p| p.ratio).filter(|&r| r > deepest).min_by(f32::total_cmp)?;
+/// The ratio midway between the deepest setting of `mode` that is good enough for `--skip auto` and the next that is not.
+fn between(points: &[Point], mode: SkipMode) -> Option<f32> {
+    let of_mode = || points.iter().filter(|p| p.policy == mode.name());
+    let deepest = of_mode().filter(|p| p.is_good()).map(|p| p.ratio).max_by(f32::total_cmp)?;
+    let next = of_mode().map(|p| p.ratio).filter(|&r| r > deepest).min_by(f32::total_cmp)?;
     Some((deepest + next) / 2.0)
-}
-
-/// Whether `--skip auto` may take the point.
-fn good(point: &Point) -> bool {
-    point.kl <= AUTO_KL && point.perplexity <= AUTO_PERPLEXITY && point.bytes > 0.0
 }
 
 fn point(
@@ -479,7 +483,7 @@ fn point(
 
 /// The point with the most bytes unread, of those that are good enough for `--skip auto`.
 fn best(points: &[Point]) -> Option<usize> {
-    let good = points.iter().enumerate().filter(|(_, p)| good(p));
+    let good = points.iter().enumerate().filter(|(_, p)| p.is_good());
     good.max_by(|a, b| a.1.bytes.total_cmp(&b.1.bytes)).map(|(i, _)| i)
 }
 
@@ -537,8 +541,8 @@ mod tests {
         };
         assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
         assert_eq!(best(&[point(0.1, 0.3)]), None);
-        assert_eq!(between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)]), Some(0.375));
-        assert_eq!(between(&[point(0.1, 0.3)]), None, "nothing is good");
-        assert_eq!(between(&[point(0.1, 0.01)]), None, "nothing is bad");
+        assert_eq!(between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)], SkipMode::Cut), Some(0.375));
+        assert_eq!(between(&[point(0.1, 0.3)], SkipMode::Cut), None, "nothing is good");
+        assert_eq!(between(&[point(0.1, 0.01)], SkipMode::Cut), None, "nothing is bad");
     }
 }

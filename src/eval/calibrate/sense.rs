@@ -8,7 +8,7 @@
 use super::gather::LayerSums;
 use super::weigh::{column_bytes, scores, trim_centres};
 use super::{Progress, Result, Stage, TRIM_ROUNDS, Trials, WARM_UP, report};
-use crate::model::Model;
+use crate::model::{ColumnForms, Model};
 use crate::ops::Compute;
 use crate::skip::{Cut, CutPlan, CutSide, Decision, Depth, LayerCut, SkipPolicy};
 
@@ -60,14 +60,11 @@ pub(super) fn weigh(
             trim_centres(cut, sums, [inputs, inner]);
         }
     }
-    model.prepare_cuts_by_rows(
-        on,
-        CutPlan { layers: alone.iter().cloned().map(Some).collect() },
-        |_, _| {},
-    )?;
+    let plan = CutPlan { layers: alone.iter().cloned().map(Some).collect() };
+    model.prepare_cuts(on, plan, ColumnForms::None, |_, _| {})?;
     let model = &*model;
     let run = |layer, inputs, inner| {
-        let cut = Cut { inputs, inner };
+        let cut = Cut::Columns { inputs, inner };
         trials.run(model, on, Box::new(Alone { layer, cut, warming_up: true })).map(|trial| trial.kl)
     };
     // What rounding alone makes of a vector with another centre.

@@ -29,7 +29,22 @@ pub(super) fn layer_cut(on: Compute<'_>, ffn: &Ffn, sums: &LayerSums) -> LayerCu
             centre: vec![0.0; down_norms.len()],
             weight: down_norms.iter().map(|&e| weight(e, down_bytes)).collect(),
         },
+        gate: Vec::new(),
     }
+}
+
+/// How much a unit of each neuron's `silu(g)` matters, where `inner` is how much one of the neuron itself does: what it is
+/// multiplied with is not known yet and expected to have its mean square. A row of up has other bytes than a column of
+/// down.
+///
+/// With one threshold for both, that is close to the best. Say a neuron comes out as `t z` in units of the threshold, `z` a
+/// normal variable of variance 1 that the row of up would tell. Where `|t z| < 1` its column is left out in any case, so
+/// leaving out the row as well costs `E[(t z)^2; |t z| > 1]` more, which is what its bytes are worth at `t` = 1.07.
+pub(super) fn gate_weights(ffn: &Ffn, sums: &LayerSums, inner: &[f32]) -> Vec<f32> {
+    let n = sums.tokens.max(1) as f64;
+    let [_, down_bytes] = column_bytes(ffn);
+    let bytes = (down_bytes / ffn.up.matrix().row_bytes() as f64).sqrt();
+    inner.iter().zip(&sums.uu).map(|(&weight, uu)| weight * ((uu / n).sqrt() * bytes) as f32).collect()
 }
 
 /// Bytes of a column of gate and up, and of one of down.
@@ -151,30 +166,58 @@ pub(super) struct Shares {
 }
 
 impl Shares {
-    pub fn new(model: &Model, plan: &CutPlan, layers: &[LayerSums]) -> Self {
+    /// Of `cut`.
+    pub fn of_columns(model: &Model, plan: &CutPlan, layers: &[LayerSums]) -> Self {
+        Self::new(model, plan, layers, |shares, ffn, cut, sums, factors| {
+            let [gate_up, down] = column_bytes(ffn);
+            for (side, samples, bytes) in
+                [(&cut.inputs, &sums.normed_samples, gate_up), (&cut.inner, &sums.inner_samples, down)]
+            {
+                let scores = scores(side, samples);
+                let factors = factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, side.weight.len()));
+                scores.zip(factors).for_each(|(score, factor)| shares.add(score / factor, bytes));
+            }
+        })
+    }
+
+    /// Of `neurons`.
+    pub fn of_neurons(model: &Model, plan: &CutPlan, layers: &[LayerSums]) -> Self {
+        Self::new(model, plan, layers, |shares, ffn, cut, sums, factors| {
+            let [_, down] = column_bytes(ffn);
+            let up = ffn.up.matrix().row_bytes() as f64;
+            let n = cut.gate.len();
+            let of_gate = sums.gate_samples.iter().zip(cut.gate.iter().cycle()).map(|(q, w)| q.abs() * w);
+            let factors = factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, n));
+            for ((gate, inner), factor) in of_gate.zip(scores(&cut.inner, &sums.inner_samples)).zip(factors) {
+                shares.add(gate / factor, up);
+                // Without its row of up, a neuron has no use for its column of down.
+                shares.add(gate.min(inner) / factor, down);
+            }
+        })
+    }
+
+    fn new(
+        model: &Model,
+        plan: &CutPlan,
+        layers: &[LayerSums],
+        add: impl Fn(&mut Self, &Ffn, &LayerCut, &LayerSums, &[f32]),
+    ) -> Self {
         let mut shares = Self { bins: vec![0.0; (2.0 * OCTAVES * BINS) as usize], all: 0.0 };
         for ((layer, cut), sums) in model.layers().iter().zip(&plan.layers).zip(layers) {
             let ffn = &layer.ffn;
             let samples = (sums.normed_samples.len() / ffn.gate.cols()).max(1) as f64;
             shares.all += samples * ffn.bytes() as f64;
             let Some(cut) = cut else { continue };
-            let [gate_up, down] = column_bytes(ffn);
             let factors = factors(&cut.depth, &sums.normed_samples, ffn.gate.cols());
-            shares.add(&cut.inputs, &sums.normed_samples, &factors, gate_up);
-            shares.add(&cut.inner, &sums.inner_samples, &factors, down);
+            add(&mut shares, ffn, cut, sums, &factors);
         }
         shares
     }
 
-    fn add(&mut self, side: &CutSide, samples: &[f32], factors: &[f32], bytes: f64) {
-        for (x, factor) in samples.chunks_exact(side.weight.len()).zip(factors) {
-            let last = self.bins.len() - 1;
-            for (j, (&x, &w)) in x.iter().zip(&side.weight).enumerate() {
-                let score = (x - side.centre.get(j).copied().unwrap_or(0.0)).abs() * w / factor;
-                // A score of 0 has no logarithm; the cast puts it into the first bin.
-                self.bins[(((score.log2() + OCTAVES) * BINS) as usize).min(last)] += bytes;
-            }
-        }
+    fn add(&mut self, score: f32, bytes: f64) {
+        let last = self.bins.len() - 1;
+        // A score of 0 has no logarithm; the cast puts it into the first bin.
+        self.bins[(((score.log2() + OCTAVES) * BINS) as usize).min(last)] += bytes;
     }
 
     /// The threshold that leaves out `ratio` of all bytes; `None` if there are not so many.
