@@ -1,6 +1,6 @@
 //! What leaving FFN weights unread gains, whatever it costs in quality, beside the gain that the unread bytes would
-//! give if reading were all: decoding with a forced share of the FFN blocks skipped, and with a forced share of
-//! inputs and neurons cut.
+//! give if reading were all: decoding with a forced share of the FFN blocks skipped, with a forced share of inputs and
+//! neurons cut by columns, and of neurons by rows of up and columns of down.
 //!
 //! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
 
@@ -14,7 +14,7 @@ use std::time::Instant;
 
 use common::{best, decode, distance, ids, prompt, state};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use skiff::model::{ColumnForms, Matrices, Model, Probe, State};
+use skiff::model::{ColumnForms, FfnRows, Matrices, Model, Probe, State};
 use skiff::ops::{Compute, Inputs};
 use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
 use skiff::threads::{Team, default_threads};
@@ -25,6 +25,8 @@ const TOKENS: usize = 10;
 const PERCENT: [usize; 3] = [10, 20, 30];
 /// Shares of the FFN weights that cuts aim at.
 const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
+/// The same of rows of up and columns of down.
+const NEURONS: [f32; 3] = [0.0, 0.2, 0.3];
 /// Turns of the comparison, if `SKIFF_BENCH_ROUNDS` does not say otherwise.
 const ROUNDS: usize = 9;
 
@@ -82,13 +84,26 @@ impl SkipPolicy for ForcedCut {
     }
 }
 
-/// Gathers the magnitudes of what meets gate and up, and down.
+/// Gathers the magnitudes of what meets gate and up, and down, and of `silu(gate)`.
 #[derive(Default)]
-struct Magnitudes(HashMap<(usize, Matrices), Vec<f32>>);
+struct Magnitudes {
+    inputs: HashMap<(usize, Matrices), Vec<f32>>,
+    gates: HashMap<usize, Vec<f32>>,
+}
 
 impl Probe for Magnitudes {
     fn matmul(&mut self, layer: usize, matrices: Matrices, x: &Inputs) {
-        self.0.entry((layer, matrices)).or_default().extend(x.values().iter().map(|v| v.abs()));
+        self.inputs.entry((layer, matrices)).or_default().extend(x.values().iter().map(|v| v.abs()));
+    }
+
+    fn wants_gate_up(&self) -> bool {
+        true
+    }
+
+    fn ffn(&mut self, layer: usize, rows: FfnRows<'_>) {
+        let ffn = rows.inner.len() / rows.rows.len();
+        let gates = rows.gate_up.chunks_exact(ffn).step_by(2).flatten();
+        self.gates.entry(layer).or_default().extend(gates.map(|g| (g / (1.0 + (-g).exp())).abs()));
     }
 }
 
@@ -100,22 +115,38 @@ impl Magnitudes {
         prompt(model, on, &mut now, tokens);
         drop(now);
         let mut found = std::mem::take(&mut *probe.lock().unwrap());
-        found.0.values_mut().for_each(|values| values.sort_by(f32::total_cmp));
+        let all = found.inputs.values_mut().chain(found.gates.values_mut());
+        all.for_each(|values| values.sort_by(f32::total_cmp));
         found
+    }
+
+    /// The value that a share `q` of those of a layer's matrices are below.
+    fn below(&self, layer: usize, matrices: Matrices, q: f32) -> f32 {
+        quantile(&self.inputs[&(layer, matrices)], q)
     }
 
     /// Cuts that leave about `share` of the FFN weights unread: rather neurons than inputs, as it is best.
     fn cut(&self, layers: usize, share: f32) -> Box<dyn SkipPolicy> {
-        let quantile = |layer, matrices, q: f32| match &self.0[&(layer, matrices)] {
-            _ if q == 0.0 => 0.0,
-            values => values[((values.len() - 1) as f32 * q) as usize],
-        };
         let cuts = (0..layers).map(|layer| Cut::Columns {
-            inputs: quantile(layer, Matrices::GateUp, 0.85 * share),
-            inner: quantile(layer, Matrices::Down, 1.3 * share),
+            inputs: self.below(layer, Matrices::GateUp, 0.85 * share),
+            inner: self.below(layer, Matrices::Down, 1.3 * share),
         });
         Box::new(ForcedCut(cuts.collect()))
     }
+
+    /// The same by rows of up and columns of down, twice as many of these.
+    fn neurons(&self, layers: usize, share: f32) -> Box<dyn SkipPolicy> {
+        let cuts = (0..layers).map(|layer| Cut::Neurons {
+            gate: quantile(&self.gates[&layer], share),
+            inner: self.below(layer, Matrices::Down, 1.8 * share),
+        });
+        Box::new(ForcedCut(cuts.collect()))
+    }
+}
+
+/// The value that a share `q` of sorted ones are below; 0 for none.
+fn quantile(sorted: &[f32], q: f32) -> f32 {
+    if q == 0.0 { 0.0 } else { sorted[((sorted.len() - 1) as f32 * q) as usize] }
 }
 
 /// Decodes some tokens from the start; the logits of the last one are left in the state.
@@ -174,8 +205,10 @@ fn check(model: &Model, on: Compute<'_>, tokens: &[u32], magnitudes: &Magnitudes
         assert_eq!(share, want / (TOKENS * layers) as f64, "{percent} % were to be skipped");
         assert!(distance(&logits, &full) > 1e-3, "{percent} % skipped and nothing changes");
     }
-    for share in CUTS {
-        let (logits, _, found) = run(magnitudes.cut(layers, share));
+    let columns = CUTS.map(|share| (share, magnitudes.cut(layers, share)));
+    let neurons = NEURONS.map(|share| (share, magnitudes.neurons(layers, share)));
+    for (share, policy) in columns.into_iter().chain(neurons) {
+        let (logits, _, found) = run(policy);
         let distance = distance(&logits, &full);
         assert!((found - f64::from(share)).abs() < 0.12, "{share} was to be cut, {found} was");
         match share {
@@ -208,6 +241,8 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
         vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
     all.extend(PERCENT.map(|percent| variant(format!("{percent} % of blocks skipped"), forced(percent))));
     all.extend(CUTS.map(|s| variant(format!("{:.0} % to be cut", 100.0 * s), magnitudes.cut(layers, s))));
+    let neurons = |s| variant(format!("{:.0} % by neurons", 100.0 * s), magnitudes.neurons(layers, s));
+    all.extend(NEURONS.map(neurons));
     let mut group = common::group(criterion, name);
     group.throughput(Throughput::Elements(TOKENS as u64));
     for Variant { name, state } in &mut all {

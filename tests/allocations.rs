@@ -54,7 +54,10 @@ struct CutAll(Cut);
 
 impl SkipPolicy for CutAll {
     fn name(&self) -> &'static str {
-        "cut-all"
+        match self.0 {
+            Cut::Columns { .. } => "cut by columns",
+            Cut::Neurons { .. } => "cut of neurons",
+        }
     }
     fn begin_token(&mut self, _: usize) {}
     fn decide(&mut self, _: usize) -> Decision {

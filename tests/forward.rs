@@ -566,9 +566,8 @@ fn cut(model: &Model, threads: usize, batch: usize, cut: Cut) -> (Vec<f32>, f64)
 }
 
 const DEEP: Cut = Cut::Columns { inputs: 0.6, inner: 0.1 };
-const FEW_NEURONS: Cut = Cut::Neurons { gate: 0.08, inner: 0.1 };
-const NOTHING: [Cut; 2] =
-    [Cut::Columns { inputs: 0.0, inner: 0.0 }, Cut::Neurons { gate: 0.0, inner: 0.0 }];
+const FEW_NEURONS: Cut = Cut::Neurons { gate: 0.12, inner: 0.1 };
+const NOTHING: [Cut; 2] = [Cut::Columns { inputs: 0.0, inner: 0.0 }, Cut::Neurons { gate: 0.0, inner: 0.0 }];
 const FORMS: [ColumnForms; 3] = [ColumnForms::None, ColumnForms::Down, ColumnForms::All];
 
 #[test]

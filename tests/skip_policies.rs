@@ -9,8 +9,8 @@ use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::skip::{
-    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError, SkipMode,
-    SkipOptions, SkipPolicy,
+    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError,
+    SkipMode, SkipOptions, SkipPolicy,
 };
 use skiff::threads::Team;
 
@@ -136,12 +136,14 @@ fn policies_reach_the_ratio_asked_for() {
     let reach = (found.cold.1 - found.cold.0) / 2;
     model.set_calibration(found);
     for ratio in [0.1, 0.25, 0.4] {
-        for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut"] {
+        for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut", "neurons"] {
             let mode = SkipMode::from_name(name).unwrap();
             let options = SkipOptions { mode, ratio: Some(ratio), cold: Some((0, 12)), ..Default::default() };
             let options = match mode {
                 // Calibrated for the cold regions that were found.
-                SkipMode::FfnSkip | SkipMode::Cut => SkipOptions { cold: None, ..options },
+                SkipMode::FfnSkip | SkipMode::Cut | SkipMode::Neurons => {
+                    SkipOptions { cold: None, ..options }
+                }
                 _ => options,
             };
             if mode == SkipMode::FfnSkip && ratio > reach as f32 / 12.0 {
@@ -150,7 +152,8 @@ fn policies_reach_the_ratio_asked_for() {
                 continue;
             }
             let (blocks, bytes) = shares(&model, &team, &options, &ids);
-            let share = if mode == SkipMode::Cut { bytes } else { blocks };
+            let by_bytes = matches!(mode, SkipMode::Cut | SkipMode::Neurons);
+            let share = if by_bytes { bytes } else { blocks };
             // Whole layers out of twelve come no closer than half of one.
             let slack = if matches!(mode, SkipMode::Static | SkipMode::ShortGpt) { 0.5 / 12.0 } else { 0.03 };
             println!("{name} {ratio}: {blocks:.3} of blocks, {bytes:.3} of bytes");
@@ -163,14 +166,16 @@ fn policies_reach_the_ratio_asked_for() {
 fn points_state_the_quality_that_was_measured() {
     let (mut model, team) = (model(), Team::new(2).unwrap());
     let (found, _) = calibrated(&mut model, &team, 1);
-    let cut: Vec<_> = found.points.iter().filter(|p| p.policy == "cut").collect();
-    assert!(cut.len() >= 5, "{:?}", found.points);
-    for pair in cut.windows(2) {
-        assert!(pair[0].kl <= pair[1].kl * 1.05 + 1e-4, "deeper cuts are further off: {pair:?}");
-        assert!(pair[0].bytes < pair[1].bytes);
-    }
     let random = found.points.iter().find(|p| p.policy == "random").unwrap();
-    assert!(random.kl > cut[0].kl && random.blocks > 0.05);
+    for policy in ["cut", "neurons"] {
+        let cut: Vec<_> = found.points.iter().filter(|p| p.policy == policy).collect();
+        assert!(cut.len() >= 5, "{:?}", found.points);
+        for pair in cut.windows(2) {
+            assert!(pair[0].kl <= pair[1].kl * 1.05 + 1e-4, "deeper cuts are further off: {pair:?}");
+            assert!(pair[0].bytes < pair[1].bytes);
+        }
+        assert!(random.kl > cut[0].kl && random.blocks > 0.05);
+    }
 }
 
 // ---- the file

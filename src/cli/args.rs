@@ -337,7 +337,10 @@ impl SkipArgs {
                 model.prepare_skip(on, asked, |_, _| {})?;
             }
             note(&format!("skip auto: {}", measured(point)));
-            note(&format!("skip auto: {} % faster here than the {ms:.1} ms of a token in full", trial.gain()));
+            note(&format!(
+                "skip auto: {} % faster here than the {ms:.1} ms of a token in full",
+                trial.gain()
+            ));
             return Ok(asked.clone());
         }
         model.drop_cuts();

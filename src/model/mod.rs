@@ -160,10 +160,7 @@ impl Model {
     }
 
     /// What `options` need that is not there yet.
-    fn plan_to_prepare(
-        &self,
-        options: &SkipOptions,
-    ) -> Result<Option<(CutPlan, ColumnForms)>, ModelError> {
+    fn plan_to_prepare(&self, options: &SkipOptions) -> Result<Option<(CutPlan, ColumnForms)>, ModelError> {
         let forms = match options.resolved(self.calibration())?.mode {
             SkipMode::Cut => ColumnForms::All,
             SkipMode::Neurons => ColumnForms::Down,

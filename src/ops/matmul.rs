@@ -58,10 +58,11 @@ pub struct MatmulScratch {
 }
 
 impl MatmulScratch {
-    /// For up to `rows` rows of activations, and decode chunks of matrices up to `outputs` rows.
+    /// For up to `rows` rows of activations, and decode chunks of matrices of about `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
         let n = (rows * PANEL_ROWS * MAX_PANELS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
-        let chosen = Vec::with_capacity(outputs.max(MIN_CHUNK));
+        // A chunk may have twice as many rows, and its length is rounded up.
+        let chosen = Vec::with_capacity(2 * outputs + MIN_CHUNK);
         Self { acc: vec![0.0; n], up: vec![0.0; n], chosen, ..Self::default() }
     }
 }

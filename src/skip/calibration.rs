@@ -503,6 +503,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn auto_chooses_among_the_deepest_good_setting_of_each_policy() {
+        let point = |policy: &str, bytes, kl| Point {
+            policy: policy.into(),
+            ratio: bytes,
+            blocks: 0.0,
+            bytes,
+            perplexity: 1.01,
+            kl,
+            same_top1: 0.9,
+        };
+        let points = vec![
+            point("neurons", 0.1, 0.01),
+            point("cut", 0.3, 0.03),
+            point("neurons", 0.2, 0.03),
+            point("neurons", 0.25, 0.05),
+            point("cut", 0.2, 0.01),
+            point("static", 0.1, 0.5),
+        ];
+        let found = Calibration { points, auto: Some(1), ..Calibration::default() };
+        let shares: Vec<_> = found.auto_candidates().iter().map(|p| (p.policy.as_str(), p.ratio)).collect();
+        assert_eq!(shares, [("cut", 0.3), ("neurons", 0.2)]);
+        assert!(Calibration { auto: None, ..found }.auto_candidates().is_empty());
+    }
+
+    #[test]
     fn curves_interpolate_and_end() {
         let curve = Curve { ratios: vec![0.1, 0.2, 0.2, 0.4], strengths: vec![5.0, 4.0, 3.0, 1.0] };
         assert_eq!(curve.strength(0.05), Some(5.0));

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    Calibration, Curve, CutCalibration, Cutting, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode, SkipPolicy, Static,
+    Calibration, Curve, CutCalibration, Cutting, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode,
+    SkipPolicy, Static,
 };
 
 /// Which policy.

@@ -541,7 +541,10 @@ mod tests {
         };
         assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
         assert_eq!(best(&[point(0.1, 0.3)]), None);
-        assert_eq!(between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)], SkipMode::Cut), Some(0.375));
+        assert_eq!(
+            between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)], SkipMode::Cut),
+            Some(0.375)
+        );
         assert_eq!(between(&[point(0.1, 0.3)], SkipMode::Cut), None, "nothing is good");
         assert_eq!(between(&[point(0.1, 0.01)], SkipMode::Cut), None, "nothing is bad");
     }

@@ -174,7 +174,8 @@ impl Shares {
                 [(&cut.inputs, &sums.normed_samples, gate_up), (&cut.inner, &sums.inner_samples, down)]
             {
                 let scores = scores(side, samples);
-                let factors = factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, side.weight.len()));
+                let factors =
+                    factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, side.weight.len()));
                 scores.zip(factors).for_each(|(score, factor)| shares.add(score / factor, bytes));
             }
         })

@@ -161,9 +161,9 @@ macro_rules! instantiate {
             out: &mut [f32],
         ) {
             use GgmlType::*;
-            use $crate::kernels::rows::WeightRows;
             use $crate::kernels::arm::neon::blocks::{self, Block, Super};
             use $crate::kernels::arm::neon::dot::*;
+            use $crate::kernels::rows::WeightRows;
             use $multiply as multiply;
 
             #[inline]

@@ -131,7 +131,7 @@ pub(in crate::kernels) mod evex {
         functions: Functions {
             quantize: avx2::quantize,
             dot: avx2::dot::dot,
-        dot_listed: avx2::dot::dot_listed,
+            dot_listed: avx2::dot::dot_listed,
             dot_tokens: Some(avx2::dot::dot_tokens),
             unpack: avx2::unpack::unpack,
             interleave: avx2::gemm::interleave,
