@@ -444,13 +444,13 @@ pub(super) fn calibration_path(path: &Path) -> PathBuf {
 
 /// Makes the model ready for the options, and says what time and memory that took.
 fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome {
-    let started = Instant::now();
+    let (started, before) = (Instant::now(), model.column_bytes());
     let bar = progress_bar(model.config().layers, "skip: FFNs by columns {wide_bar} {pos}/{len}", false);
     let prepared = model.prepare_skip(on, options, |done, _| bar.set_position(done as u64));
     bar.finish_and_clear();
     prepared?;
     let (bytes, seconds) = (model.column_bytes() as f64, started.elapsed().as_secs_f64());
-    if bytes > 0.0 {
+    if model.column_bytes() > before {
         note(&format!(
             "skip: FFNs laid out by columns in {seconds:.1} s, {:.2} GB of memory more",
             bytes / 1e9

@@ -451,4 +451,50 @@ mod tests {
             eprintln!("SKIPPED: this CPU has no matrix unit");
         }
     }
+
+    /// With all neurons wanted, a product of chosen rows is the dense one, bit for bit; the others are what `choose` wrote.
+    #[test]
+    fn chosen_rows_are_those_of_the_dense_product() {
+        let (outputs, cols, ty, team) = (150, 256, GgmlType::Q4_K, Team::new(2).unwrap());
+        let mut bytes = [vec![0; ty.row_bytes(cols) * outputs], vec![0; ty.row_bytes(cols) * outputs]];
+        quant::quantize_row(ty, &wave(cols * outputs, 0.11), &mut bytes[0]);
+        quant::quantize_row(ty, &wave(cols * outputs, 0.23), &mut bytes[1]);
+        let stack = [0, 1].map(|i| Matrix::new(ty, outputs, cols, &bytes[i]).unwrap());
+        for kernels in Kernels::available() {
+            let on = Compute { team: &team, kernels };
+            let mut x = Inputs::with_capacity(1, cols);
+            x.values_mut().copy_from_slice(&wave(cols, 0.37));
+            x.quantize(on);
+            let mut scratch: Vec<_> = (0..2).map(|_| MatmulScratch::default()).collect();
+            let (mut dense, mut out) = (vec![0.0; outputs], vec![0.0; outputs]);
+            matmul_swiglu(on, stack[0], stack[1], &x, &mut dense, &mut scratch);
+            for step in [1, 3] {
+                let choose = |first: usize, _: &[f32], list: &mut Vec<u32>, out: &mut [f32]| {
+                    list.clear();
+                    list.extend((0..out.len()).filter(|j| (first + j) % step == 0).map(|j| j as u32));
+                    out.fill(7.0);
+                };
+                matmul_swiglu_chosen(on, stack, &x, &[], &mut out, &mut scratch, choose, |_, _| {});
+                for (j, (out, dense)) in out.iter().zip(&dense).enumerate() {
+                    let want = if j % step == 0 { *dense } else { 7.0 };
+                    assert_eq!(out.to_bits(), want.to_bits(), "{kernels:?} {step} {j}");
+                }
+            }
+            let bias = [vec![0.5; outputs], vec![2.0; outputs]].concat();
+            let all = |_: usize, gate: &[f32], list: &mut Vec<u32>, _: &mut [f32]| {
+                list.clear();
+                list.extend(0..gate.len() as u32);
+            };
+            matmul_swiglu_chosen(on, stack, &x, &bias, &mut out, &mut scratch, all, |_, out| out[0] += 1.0);
+            let mut both = vec![0.0; 2 * outputs];
+            matmul(on, &stack, &x, Epilogue::Bias(&bias), &mut both, &mut scratch);
+            let (gate, up) = both.split_at(outputs);
+            let want = gate[1] / (1.0 + (-gate[1]).exp()) * up[1];
+            assert!((out[1] - want).abs() < 1e-4 * want.abs().max(1.0), "{} {want}", out[1]);
+            assert!(
+                (out[0] - 1.0 - gate[0] / (1.0 + (-gate[0]).exp()) * up[0]).abs() < 1e-3,
+                "`then` is asked"
+            );
+        }
+    }
 }
