@@ -471,7 +471,9 @@ mod tests {
             for step in [1, 3] {
                 let choose = |first: usize, _: &[f32], list: &mut Vec<u32>, out: &mut [f32]| {
                     list.clear();
-                    list.extend((0..out.len()).filter(|j| (first + j) % step == 0).map(|j| j as u32));
+                    list.extend(
+                        (0..out.len()).filter(|j| (first + j).is_multiple_of(step)).map(|j| j as u32),
+                    );
                     out.fill(7.0);
                 };
                 matmul_swiglu_chosen(on, stack, &x, &[], &mut out, &mut scratch, choose, |_, _| {});
