@@ -3,7 +3,7 @@
 mod common;
 
 use common::models::{ModelFile, Shape};
-use skiff::eval::calibrate::{CalibrateOptions, calibrate};
+use skiff::eval::calibrate::{CalibrateOptions, calibrate, complete};
 use skiff::gguf::{Builder, GgmlType, Gguf, Value};
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
@@ -176,6 +176,36 @@ fn points_state_the_quality_that_was_measured() {
         }
         assert!(random.kl > cut[0].kl && random.blocks > 0.05);
     }
+}
+
+/// A file of an older version knows nothing about neurons; what it knows stays as it is.
+#[test]
+fn an_older_calibration_is_completed() {
+    let (mut model, team) = (model(), Team::new(2).unwrap());
+    let (found, ids) = calibrated(&mut model, &team, 1);
+    let mut older = found.clone();
+    older.points.retain(|point| point.policy != "neurons");
+    let cut = older.cut.as_mut().unwrap();
+    cut.neurons = Default::default();
+    cut.plan.layers.iter_mut().flatten().for_each(|layer| layer.gate.clear());
+    let older = read(&write(&older, &model.facts()), &model).unwrap();
+
+    let options = CalibrateOptions { windows: 4, quality_windows: 1, text: "a text".into() };
+    let nobody = &mut |_, _, _| true;
+    let mut completed = complete(&mut model, on(&team), older.clone(), &ids, &options, nobody).unwrap();
+    let learnt = |c: &Calibration| c.points.iter().filter(|point| point.policy == "neurons").count();
+    assert!(learnt(&completed) > 0 && learnt(&completed).abs_diff(learnt(&found)) <= 2);
+    let neurons = SkipOptions { mode: SkipMode::Neurons, ratio: Some(0.2), ..Default::default() };
+    assert!(neurons.policy(&model.facts(), Some(&older)).is_err());
+    assert!(neurons.policy(&model.facts(), Some(&completed)).is_ok());
+    let again = complete(&mut model, on(&team), completed.clone(), &ids, &options, nobody).unwrap();
+    assert_eq!(again, completed, "nothing was lacking");
+
+    completed.points.retain(|point| point.policy != "neurons");
+    let cut = completed.cut.as_mut().unwrap();
+    cut.neurons = Default::default();
+    cut.plan.layers.iter_mut().flatten().for_each(|layer| layer.gate.clear());
+    assert_eq!(Calibration { auto: older.auto, ..completed }, older, "the rest stays");
 }
 
 // ---- the file

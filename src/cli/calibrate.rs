@@ -12,7 +12,7 @@ use super::args::{EngineArgs, calibration_path, in_range};
 use super::generate::progress_bar;
 use super::interrupt::Listener;
 use super::{Failure, Outcome, note, put, read_text};
-use crate::eval::calibrate::{CalibrateError, CalibrateOptions, Stage, calibrate};
+use crate::eval::calibrate::{CalibrateError, CalibrateOptions, Stage, calibrate, complete};
 use crate::eval::plot::{Plot, Series, Style};
 use crate::skip::{Calibration, Point};
 use crate::tokenizer::EncodeOptions;
@@ -21,6 +21,7 @@ const EXAMPLES: &str = "\
 Examples:
   skiff calibrate -f wiki.txt
   skiff calibrate -m model.gguf -f wiki.txt -o model.skip.gguf --plot profile.svg
+  skiff calibrate -m model.gguf -f wiki.txt --complete model.skip.gguf
   skiff run --skip auto \"Why is the sky blue?\"
 
 The text's first windows are held out: quality is measured on them, everything else learnt from the rest. The file is
@@ -39,6 +40,9 @@ pub(super) struct CalibrateArgs {
     /// Windows of 512 tokens to learn from
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = in_range(2, 100_000))]
     windows: usize,
+    /// Complete this calibration of the model: learn only what it lacks, as one of an older version does, and keep the rest
+    #[arg(long, value_name = "S.skip.gguf")]
+    complete: Option<PathBuf>,
     /// Held-out windows to measure quality on; 0: none, and nothing for --skip auto
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = in_range(0, 100_000))]
     quality_windows: usize,
@@ -71,7 +75,8 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
     }
     let mut now = None;
     let (model, on) = engine.model_mut().ok_or_else(|| Failure::Error("the model is in use".into()))?;
-    let found = calibrate(model, on, &tokens, &options, &mut |stage, done, all| {
+    let known = args.complete.as_ref().map(|path| model.load_calibration(path).cloned()).transpose()?;
+    let mut progress = |stage, done: usize, all: usize| {
         if now != Some(stage) {
             now = Some(stage);
             bar.reset();
@@ -80,7 +85,11 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
         }
         bar.set_position(done as u64);
         !listener.raised()
-    });
+    };
+    let found = match known {
+        Some(known) => complete(model, on, known, &tokens, &options, &mut progress),
+        None => calibrate(model, on, &tokens, &options, &mut progress),
+    };
     bar.finish_and_clear();
     let found = match found {
         Err(CalibrateError::Interrupted) => return Err(Failure::Interrupted),

@@ -33,8 +33,6 @@ const COMPARED: usize = 128;
 const TRIALS: usize = 2;
 /// Shares that the policies' strengths are found for.
 const RATIOS: [f32; 12] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6];
-/// Curves of strengths: of `ffn-skip`, `cut` and `neurons`.
-const CURVES: usize = 3;
 /// Settings whose quality is measured.
 const POINTS: [(SkipMode, &[f32]); 7] = [
     (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
@@ -88,6 +86,8 @@ pub enum CalibrateError {
     Skip(#[from] SkipError),
     #[error("the text has {tokens} tokens; calibration needs {needed}: give a longer text or fewer windows")]
     TooShort { tokens: usize, needed: usize },
+    #[error("the calibration to complete has nothing on cuts: make a new one")]
+    NoCuts,
     #[error("interrupted")]
     Interrupted,
 }
@@ -105,12 +105,7 @@ pub fn calibrate(
     options: &CalibrateOptions,
     progress: Progress<'_>,
 ) -> Result<Calibration> {
-    let needed = (options.quality_windows + options.windows.max(TRIALS)) * CONTEXT;
-    if tokens.len() < needed || options.windows == 0 {
-        return Err(CalibrateError::TooShort { tokens: tokens.len(), needed });
-    }
-    let (held_out, text) = tokens.split_at(options.quality_windows * CONTEXT);
-    let windows = spread(text, options.windows);
+    let (held_out, windows) = divided(tokens, options)?;
     let (layers, targets) = gather(model, on, &windows, progress)?;
     let mut found = Calibration {
         model: model.weights().fingerprint(),
@@ -126,9 +121,56 @@ pub fn calibrate(
     found.cold = cold_regions(&found.cosines, &found.damage);
     found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
     found.cut = Some(cuts(model, on, &trials, (&layers, &targets), progress)?);
-    found.points = points(model, on, &found, held_out, options, progress)?;
+    found.points = sorted(points(model, on, &found, held_out, &POINTS, progress)?);
     found.auto = best(&found.points);
     Ok(found)
+}
+
+/// Adds to a calibration of `model` what it lacks, from `tokens`: what a file of an older version has not learnt about
+/// neurons. The rest stays. Nothing is lacking: it is given back.
+///
+/// # Errors
+/// As [`calibrate`]; or it has no cuts to begin with.
+pub fn complete(
+    model: &mut Model,
+    on: Compute<'_>,
+    mut known: Calibration,
+    tokens: &[u32],
+    options: &CalibrateOptions,
+    progress: Progress<'_>,
+) -> Result<Calibration> {
+    let Some(cut) = known.cut.as_mut() else { return Err(CalibrateError::NoCuts) };
+    if !cut.neurons.ratios.is_empty() {
+        return Ok(known);
+    }
+    let (held_out, windows) = divided(tokens, options)?;
+    let (layers, _) = gather(model, on, &windows, progress)?;
+    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
+    for ((cut, layer), sums) in cut.plan.layers.iter_mut().zip(model.layers()).zip(&layers) {
+        if let Some(cut) = cut {
+            cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
+        }
+    }
+    cut.plan = cut.plan.as_stored();
+    model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
+    let mut steps = Steps { done: 0, all: RATIOS.len(), progress: &mut *progress };
+    let shares = Shares::of_neurons(model, &cut.plan, &layers);
+    cut.neurons = cut_curve(model, on, &trials, &shares, Cutting::neurons, &mut steps)?;
+    let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| *mode == SkipMode::Neurons).collect();
+    let measured = points(model, on, &known, held_out, &lacking, progress)?;
+    known.points = sorted([std::mem::take(&mut known.points), measured].concat());
+    known.auto = best(&known.points);
+    Ok(known)
+}
+
+/// The text that is held out, and the windows to learn from.
+fn divided<'t>(tokens: &'t [u32], options: &CalibrateOptions) -> Result<(&'t [u32], Vec<&'t [u32]>)> {
+    let needed = (options.quality_windows + options.windows.max(TRIALS)) * CONTEXT;
+    if tokens.len() < needed || options.windows == 0 {
+        return Err(CalibrateError::TooShort { tokens: tokens.len(), needed });
+    }
+    let (held_out, text) = tokens.split_at(options.quality_windows * CONTEXT);
+    Ok((held_out, spread(text, options.windows)))
 }
 
 /// `n` windows of `text`, evenly spread.
@@ -331,7 +373,7 @@ fn ffn_skip_curve(
     for (i, threshold) in shares.enumerate() {
         let trial = trials.run(model, on, Box::new(FfnSkip::new(threshold, 1, WARM_UP, cold)))?;
         measured.push((trial.blocks as f32, threshold));
-        report(&mut *progress, Stage::Strengths, i + 1, CURVES * RATIOS.len())?;
+        report(&mut *progress, Stage::Strengths, i + 1, 3 * RATIOS.len())?;
     }
     Ok(curve(measured))
 }
@@ -376,43 +418,64 @@ fn cuts(
     (layers, targets): (&[LayerSums], &[f32]),
     progress: Progress<'_>,
 ) -> Result<CutCalibration> {
-    let first = trials.first();
-    let plan = plan(on, model, &first, (layers, targets), &mut *progress)?;
+    let plan = plan(on, model, &trials.first(), (layers, targets), &mut *progress)?;
     model.prepare_cuts(on, plan.clone(), ColumnForms::None, |_, _| {})?;
-    let mut done = RATIOS.len();
-    let mut curve_of = |shares: Shares, policy: fn(f32, usize, Range<usize>) -> Cutting| -> Result<Curve> {
-        let mut measured = Vec::new();
-        for &ratio in &RATIOS {
-            if let Some(threshold) = shares.threshold(f64::from(ratio)) {
-                let trial = trials.run(model, on, Box::new(policy(threshold, WARM_UP, 0..layers.len())))?;
-                measured.push((trial.bytes as f32, threshold));
-            }
-            done += 1;
-            report(&mut *progress, Stage::Strengths, done, CURVES * RATIOS.len())?;
-        }
-        Ok(curve(measured))
-    };
-    let columns = curve_of(Shares::of_columns(model, &plan, layers), Cutting::columns)?;
-    let neurons = curve_of(Shares::of_neurons(model, &plan, layers), Cutting::neurons)?;
+    // The curve of `ffn-skip` was the first.
+    let mut steps = Steps { done: RATIOS.len(), all: 3 * RATIOS.len(), progress };
+    let shares = Shares::of_columns(model, &plan, layers);
+    let columns = cut_curve(model, on, trials, &shares, Cutting::columns, &mut steps)?;
+    let shares = Shares::of_neurons(model, &plan, layers);
+    let neurons = cut_curve(model, on, trials, &shares, Cutting::neurons, &mut steps)?;
     Ok(CutCalibration { plan, curve: columns, neurons })
 }
 
-/// Measures settings on the held-out text.
+/// Steps of [`Stage::Strengths`].
+struct Steps<'p> {
+    done: usize,
+    all: usize,
+    progress: Progress<'p>,
+}
+
+/// Thresholds and the shares that they leave out, measured.
+fn cut_curve(
+    model: &Model,
+    on: Compute<'_>,
+    trials: &Trials<'_>,
+    shares: &Shares,
+    policy: fn(f32, usize, Range<usize>) -> Cutting,
+    steps: &mut Steps<'_>,
+) -> Result<Curve> {
+    let mut measured = Vec::new();
+    for &ratio in &RATIOS {
+        if let Some(threshold) = shares.threshold(f64::from(ratio)) {
+            let policy = policy(threshold, WARM_UP, 0..model.config().layers);
+            let trial = trials.run(model, on, Box::new(policy))?;
+            measured.push((trial.bytes as f32, threshold));
+        }
+        steps.done += 1;
+        report(&mut *steps.progress, Stage::Strengths, steps.done, steps.all)?;
+    }
+    Ok(curve(measured))
+}
+
+/// Measures the settings of `policies` on the held-out text.
 fn points(
     model: &mut Model,
     on: Compute<'_>,
     found: &Calibration,
     held_out: &[u32],
-    options: &CalibrateOptions,
+    policies: &[(SkipMode, &[f32])],
     progress: Progress<'_>,
 ) -> Result<Vec<Point>> {
     let mut points = Vec::new();
-    if options.quality_windows == 0 {
+    if held_out.is_empty() {
         return Ok(points);
     }
     let settings: Vec<(SkipMode, f32)> =
-        POINTS.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
-    let all = settings.len() + REFINED.len() * REFINEMENTS;
+        policies.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
+    let refined = policies.iter().map(|policy| policy.0).filter(|mode| REFINED.contains(mode));
+    let refined: Vec<SkipMode> = refined.flat_map(|mode| [mode; REFINEMENTS]).collect();
+    let all = settings.len() + refined.len();
     let measured = |mode: SkipMode, ratio, points: &mut Vec<Point>| -> Result<()> {
         let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
         match skip.policy(&model.facts(), Some(found)) {
@@ -427,15 +490,19 @@ fn points(
         measured(mode, ratio, &mut points)?;
         report(&mut *progress, Stage::Quality, i + 1, all)?;
     }
-    for i in 0..REFINED.len() * REFINEMENTS {
-        let mode = REFINED[i / REFINEMENTS];
+    for (i, mode) in refined.into_iter().enumerate() {
         if let Some(ratio) = between(&points, mode) {
             measured(mode, ratio, &mut points)?;
         }
         report(&mut *progress, Stage::Quality, settings.len() + i + 1, all)?;
     }
-    points.sort_by(|a, b| order(a).cmp(&order(b)).then(a.ratio.total_cmp(&b.ratio)));
     Ok(points)
+}
+
+/// In the order of [`POINTS`].
+fn sorted(mut points: Vec<Point>) -> Vec<Point> {
+    points.sort_by(|a, b| order(a).cmp(&order(b)).then(a.ratio.total_cmp(&b.ratio)));
+    points
 }
 
 /// Place of a point's policy in [`POINTS`].
