@@ -323,6 +323,7 @@ impl SkipArgs {
         }
         let mut timed = Vec::new();
         for point in &candidates {
+            note(&format!("skip auto: {}", measured(point)));
             let asked = options.at(point).map_err(Failure::usage)?;
             prepare(model, on, &asked)?;
             timed.push((Trial::of(model, on, &asked)?, asked, point));
@@ -336,16 +337,15 @@ impl SkipArgs {
                 model.drop_cuts();
                 model.prepare_skip(on, asked, |_, _| {})?;
             }
-            note(&format!("skip auto: {}", measured(point)));
+            let (policy, gain) = (&point.policy, trial.gain());
             note(&format!(
-                "skip auto: {} % faster here than the {ms:.1} ms of a token in full",
-                trial.gain()
+                "skip auto: {policy}, {gain:.0} % faster here than the {ms:.1} ms of a token in full"
             ));
             return Ok(asked.clone());
         }
         model.drop_cuts();
         let tried: Vec<String> =
-            timed.iter().map(|(trial, _, p)| format!("{} {} %", p.policy, trial.gain())).collect();
+            timed.iter().map(|(trial, _, p)| format!("{} {:+.0} %", p.policy, trial.gain())).collect();
         note(&format!(
             "skip auto: no faster here ({}) than the {ms:.1} ms of a token in full, so tokens run in full; \
              --skip {} --skip-ratio {:.2} skips all the same",

@@ -15,7 +15,7 @@
 //! ```
 //!
 //! with exact integer sums. Two functions compute it:
-//! * `dot`, for one token: weights are read in place, once, in the order of the file;
+//! * `dot`, for one token: weights are read in place, once, in the order of the file; `dot_listed` reads some of the rows;
 //! * `gemm`, for many: 32 rows are unpacked to bytes in a panel that stays in the L1/L2 cache and
 //!   serves every token. One micro-kernel an ISA serves every type.
 //!
