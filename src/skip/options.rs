@@ -96,7 +96,9 @@ pub enum SkipError {
     NeedsCalibration { mode: &'static str, with: &'static str },
     #[error("--skip auto: the calibration file sends it to {found:?}")]
     NoPoint { found: String },
-    #[error("--skip {mode}: the calibration file has nothing on it; add it with `skiff calibrate --complete`, or calibrate anew")]
+    #[error(
+        "--skip {mode}: the calibration file has nothing on it; add it with `skiff calibrate --complete`, or calibrate anew"
+    )]
     NoCuts { mode: &'static str },
 }
 
