@@ -160,6 +160,26 @@ fn policies_reach_the_ratio_asked_for() {
             assert!((share - f64::from(ratio)).abs() <= slack + 1e-6, "{name} {ratio}: {share}");
         }
     }
+    memory_follows_the_policy(&mut model, &team);
+}
+
+/// Columns of all matrices for `cut`, of down for `neurons`, none for others; more than is needed is given back on request.
+fn memory_follows_the_policy(model: &mut Model, team: &Team) {
+    let of = |mode| SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
+    let [cut, neurons] = [SkipMode::Cut, SkipMode::Neurons].map(of);
+    model.drop_cuts();
+    let mut bytes = |trims: bool, options: &SkipOptions| {
+        match trims {
+            true => model.trim_skip(on(team), options).unwrap(),
+            false => model.prepare_skip(on(team), options, |_, _| {}).unwrap(),
+        }
+        model.column_bytes()
+    };
+    let down = bytes(false, &neurons);
+    let all = bytes(false, &cut);
+    assert!(down > 0 && (2.0..4.0).contains(&(all as f64 / down as f64)), "{down} {all}");
+    assert_eq!([bytes(false, &neurons), bytes(true, &cut), bytes(true, &neurons)], [all, all, down]);
+    assert_eq!(bytes(true, &of(SkipMode::Random)), 0);
 }
 
 #[test]

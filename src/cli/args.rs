@@ -332,11 +332,7 @@ impl SkipArgs {
         let Some((trial, asked, point)) = timed.first() else { return Ok(options) };
         let ms = 1e3 * trial.full;
         if trial.pays() {
-            // What the others needed and this one does not is given back.
-            if timed.len() > 1 && model.column_bytes() > 0 {
-                model.drop_cuts();
-                model.prepare_skip(on, asked, |_, _| {})?;
-            }
+            model.trim_skip(on, asked)?;
             let (policy, gain) = (&point.policy, trial.gain());
             note(&format!(
                 "skip auto: {policy}, {gain:.0} % faster here than the {ms:.1} ms of a token in full"

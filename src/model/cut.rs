@@ -289,12 +289,12 @@ impl PreparedCut {
         m: &mut [MatmulScratch],
         inner: &mut Inputs,
     ) {
+        let many = x.are_many();
         match (cuts, &self.columns.gate_up) {
-            _ if x.are_many() => self.gate_up_dense(on, layer, x, cuts, s, m, inner),
-            (&[Cut::Columns { inner: threshold, .. }], Some(columns)) => {
+            (&[Cut::Columns { inner: threshold, .. }], Some(columns)) if !many => {
                 self.gate_up_by_columns(on, columns, x, threshold, s, inner);
             }
-            (&[Cut::Neurons { gate, inner: threshold }], _) if self.layouts.is_some() => {
+            (&[Cut::Neurons { gate, inner: threshold }], _) if !many && self.layouts.is_some() => {
                 self.gate_up_of_neurons(on, layer, x, [gate, threshold], s, m, inner);
             }
             _ => self.gate_up_dense(on, layer, x, cuts, s, m, inner),

@@ -159,13 +159,27 @@ impl Model {
         }
     }
 
+    /// Gives back the memory of columns that other options needed and `options` do not. States made before must not be
+    /// used any more.
+    pub fn trim_skip(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
+        if self.has_cuts() && self.needed_columns(options)?.is_none_or(|needed| needed < self.column_forms) {
+            self.drop_cuts();
+        }
+        self.prepare_skip(on, options, |_, _| {})
+    }
+
+    /// `None`: no cuts at all.
+    fn needed_columns(&self, options: &SkipOptions) -> Result<Option<ColumnForms>, ModelError> {
+        Ok(match options.resolved(self.calibration())?.mode {
+            SkipMode::Cut => Some(ColumnForms::All),
+            SkipMode::Neurons => Some(ColumnForms::Down),
+            _ => None,
+        })
+    }
+
     /// What `options` need that is not there yet.
     fn plan_to_prepare(&self, options: &SkipOptions) -> Result<Option<(CutPlan, ColumnForms)>, ModelError> {
-        let forms = match options.resolved(self.calibration())?.mode {
-            SkipMode::Cut => ColumnForms::All,
-            SkipMode::Neurons => ColumnForms::Down,
-            _ => return Ok(None),
-        };
+        let Some(forms) = self.needed_columns(options)? else { return Ok(None) };
         let plan = self.calibration().and_then(|c| c.cut.as_ref()).map(|cut| &cut.plan);
         let there = self.has_cuts() && self.column_forms >= forms;
         Ok(plan.filter(|_| !there).map(|plan| (plan.clone(), forms)))

@@ -61,7 +61,7 @@ pub struct CutCalibration {
 }
 
 /// The measured quality of a policy at a strength, on text that it was not calibrated on.
-#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Point {
     /// Name of the policy.
     pub policy: String,
@@ -479,15 +479,7 @@ impl Reader<'_> {
             return Err(CalibrationError::Length { key, found: n, expected: MAX_ENTRIES });
         }
         let name = |i| String::from_utf8_lossy(policies.get(i).unwrap_or_default()).into_owned();
-        let point = |i| Point {
-            policy: name(i),
-            ratio: 0.0,
-            blocks: 0.0,
-            bytes: 0.0,
-            perplexity: 0.0,
-            kl: 0.0,
-            same_top1: 0.0,
-        };
+        let point = |i| Point { policy: name(i), ..Point::default() };
         let mut points: Vec<Point> = (0..n).map(point).collect();
         for (name, of) in POINT_FIELDS {
             let range = if matches!(name, "perplexity" | "kl") { &POSITIVE } else { &SHARE };
@@ -507,11 +499,10 @@ mod tests {
         let point = |policy: &str, bytes, kl| Point {
             policy: policy.into(),
             ratio: bytes,
-            blocks: 0.0,
             bytes,
             perplexity: 1.01,
             kl,
-            same_top1: 0.9,
+            ..Point::default()
         };
         let points = vec![
             point("neurons", 0.1, 0.01),

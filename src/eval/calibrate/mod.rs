@@ -600,11 +600,10 @@ mod tests {
         let point = |bytes, kl| Point {
             policy: "cut".into(),
             ratio: bytes,
-            blocks: 0.0,
             bytes,
             perplexity: 1.01,
             kl,
-            same_top1: 0.9,
+            ..Point::default()
         };
         assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
         assert_eq!(best(&[point(0.1, 0.3)]), None);
