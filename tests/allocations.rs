@@ -6,12 +6,12 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use common::models::{ModelFile, WIDE};
+use common::models::{ModelFile, WIDE, stand_ins};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{ColumnForms, FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
-use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
+use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, StandingIn};
 use skiff::threads::Team;
 
 /// Allocations and growths of all threads, so far.
@@ -105,6 +105,7 @@ fn decoding_allocates_nothing() {
         let team = Team::new(1).unwrap();
         let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
         model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
+        model.prepare_stand_ins(stand_ins(WIDE, 0.05)).unwrap();
         for threads in [1, 2] {
             let team = Team::new(threads).unwrap();
             // Threads allocate as they start: each must hold a chunk before counting begins.
@@ -115,8 +116,14 @@ fn decoding_allocates_nothing() {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
                     let cut = CutAll(Cut::Columns { inputs: 0.3, inner: 0.1 });
                     let neurons = CutAll(Cut::Neurons { gate: 0.1, inner: 0.1 });
-                    let policies: [Box<dyn SkipPolicy>; 4] =
-                        [Box::new(Never), Box::new(skip), Box::new(cut), Box::new(neurons)];
+                    let stand_in = StandingIn::new(0.0, 0, 0..WIDE.layers);
+                    let policies: [Box<dyn SkipPolicy>; 5] = [
+                        Box::new(Never),
+                        Box::new(skip),
+                        Box::new(cut),
+                        Box::new(neurons),
+                        Box::new(stand_in),
+                    ];
                     for policy in policies {
                         let (name, on) = (policy.name(), Compute { team: &team, kernels });
                         // The harness allocates too, once, when a test takes long; a decoder would again.

@@ -2,14 +2,14 @@
 
 mod common;
 
-use common::models::{ModelFile, WIDE};
+use common::models::{ModelFile, WIDE, stand_ins};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{Buffers, FfnStep, KvType, Model, ModelError, Part, Products, Sequence, State};
 use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::sampler::{Sampler, SamplerOptions, StopMatcher};
 use skiff::session::{Batch, End, Engine, Sampling, Session, SessionOptions};
-use skiff::skip::{FfnSkip, Never, Random, ShortGpt, SkipOptions, SkipPolicy};
+use skiff::skip::{FfnSkip, Never, Random, ShortGpt, SkipOptions, SkipPolicy, StandingIn};
 use skiff::threads::Team;
 
 const CONTEXT: usize = 96;
@@ -20,12 +20,20 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 /// A policy of each kind, one after the other.
 fn policy(i: usize) -> Box<dyn SkipPolicy> {
-    match i % 4 {
+    match i % 5 {
         0 => Box::new(Never),
         1 => Box::new(FfnSkip::new(0.3, 1, 1, (0, WIDE.layers))),
         2 => Box::new(Random::new(0.5, i as u64, 0, 0..WIDE.layers)),
+        3 => Box::new(StandingIn::new(0.0, 0, 0..WIDE.layers)),
         _ => Box::new(ShortGpt::new(&[1], WIDE.layers, 2)),
     }
+}
+
+/// Ready for all of them.
+fn model(ty: GgmlType) -> Model {
+    let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
+    model.prepare_stand_ins(stand_ins(WIDE, 0.05)).unwrap();
+    model
 }
 
 /// The prompt of sequence `i`, each of another length.
@@ -91,12 +99,14 @@ fn alone(model: &Model, kv: KvType, i: usize) -> (Vec<Vec<u32>>, f64) {
 #[test]
 fn up_to_16_sequences_give_bit_by_bit_what_each_gives_alone() {
     for ty in [GgmlType::Q4_1, GgmlType::Q6_K] {
-        let model = ModelFile::llama(WIDE, ty).load().unwrap();
+        let model = model(ty);
         for kv in [KvType::F16, KvType::Q8_0] {
             let all: Vec<usize> = (0..GEMM_ROWS - 1).collect();
             let want: Vec<_> = all.iter().map(|&i| alone(&model, kv, i)).collect();
             assert!(want.iter().any(|(_, share)| *share > 0.1), "some skip");
-            for (threads, which) in [(1, &all[..]), (3, &all[..]), (1, &all[3..9])] {
+            let two = [3, 5];
+            // Some of all kinds, and two of which both or one run an FFN.
+            for (threads, which) in [(1, &all[..]), (3, &all[..]), (1, &all[3..9]), (1, &two)] {
                 let (logits, shares) = together(&model, kv, threads, Products::Fastest, which);
                 for ((got, share), &i) in logits.iter().zip(shares).zip(which) {
                     assert!(*got == want[i].0, "{ty} {kv:?} threads {threads}, {i} of {which:?}");
@@ -110,7 +120,7 @@ fn up_to_16_sequences_give_bit_by_bit_what_each_gives_alone() {
 #[test]
 fn as_for_many_any_number_of_sequences_gives_what_one_gives() {
     for ty in [GgmlType::Q4_1, GgmlType::Q4_K] {
-        let model = ModelFile::llama(WIDE, ty).load().unwrap();
+        let model = model(ty);
         let all: Vec<usize> = (0..40).collect();
         let (many, shares) = together(&model, KvType::F16, 2, Products::AsForMany, &all);
         for few in [&all[7..8], &all[3..8], &all[20..39]] {
@@ -126,7 +136,7 @@ fn as_for_many_any_number_of_sequences_gives_what_one_gives() {
 /// A prompt and the tokens of others in one step, as a server has it.
 #[test]
 fn a_prompt_may_share_a_step_with_single_tokens() {
-    let model = ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap();
+    let model = model(GgmlType::Q4_1);
     let team = Team::new(2).unwrap();
     let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
     let step = |parts: &[(usize, &[u32])]| {
@@ -147,10 +157,10 @@ fn a_prompt_may_share_a_step_with_single_tokens() {
         }
         bits(&logits)
     };
-    let (a, b, c, d): (&[u32], &[u32], &[u32], &[u32]) = (&[7], &[1, 2, 3, 4, 5], &[9], &[11]);
-    let all = step(&[(0, a), (1, b), (2, c), (3, d)]);
+    let [a, b, c, d, e]: [&[u32]; 5] = [&[7], &[1, 2, 3, 4, 5], &[9], &[11, 12, 13], &[15]];
+    let all = step(&[(0, a), (1, b), (2, c), (3, d), (4, e)]);
     let each: Vec<u32> =
-        [(0, a), (1, b), (2, c), (3, d)].into_iter().flat_map(|part| step(&[part])).collect();
+        [(0, a), (1, b), (2, c), (3, d), (4, e)].into_iter().flat_map(|part| step(&[part])).collect();
     assert!(all == each);
 }
 

@@ -3,14 +3,15 @@
 
 mod common;
 
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 
-use common::models::{ModelFile, SMALL, Shape, WIDE};
+use common::models::{ModelFile, SMALL, Shape, WIDE, stand_ins};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
-use skiff::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
+use skiff::model::{ColumnForms, FfnStep, KvType, Model, ModelError, Probe, State};
 use skiff::ops::Compute;
-use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy};
+use skiff::quant::Matrix;
+use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy, StandingIn};
 use skiff::threads::Team;
 
 const GOVERNED: FfnStep = FfnStep::Governed { index: 0 };
@@ -698,4 +699,119 @@ fn plans_that_do_not_fit_are_refused() {
     assert!(matches!(infinite, ModelError::CutValue { layer: 1, what: "depth", .. }), "{infinite}");
     let negative = refused(&|p| p.layers[2].as_mut().unwrap().inputs.weight[5] = -1.0);
     assert!(matches!(negative, ModelError::CutValue { .. }), "{negative}");
+}
+
+// ---- stand-ins
+
+/// Logits of nine tokens in steps of `batch`, and the shares of blocks and of bytes that were not read.
+fn standing_in(model: &Model, threads: usize, batch: usize, below: f32) -> (Vec<f32>, [f64; 2]) {
+    let tokens = ids(9, model.config().vocab);
+    let team = Team::new(threads).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let policy = Box::new(StandingIn::new(below, 0, 0..model.config().layers));
+    let mut state = State::new(model, &team, (tokens.len(), 512), KvType::F16, policy);
+    let mut logits = Vec::new();
+    for tokens in tokens.chunks(batch) {
+        logits.extend(step(model, on, &mut state, tokens, GOVERNED));
+    }
+    let bytes = state.stats().weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64);
+    (logits, [state.stats().share(), bytes])
+}
+
+fn with_stand_ins(size: f32) -> Model {
+    let mut model = ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap();
+    model.prepare_stand_ins(stand_ins(WIDE, size)).unwrap();
+    model
+}
+
+#[test]
+fn stand_ins_that_are_foretold_to_be_bad_are_not_used() {
+    let model = with_stand_ins(0.05);
+    for batch in [1, 3, 9] {
+        let (never, shares) = standing_in(&model, 2, batch, f32::NEG_INFINITY);
+        let run = Run { batches: &[batch], ..Run::new(&model) };
+        assert_eq!(bits(&never), bits(&run.logits(&ids(9, WIDE.vocab))), "{batch}");
+        assert_eq!(shares, [0.0; 2]);
+        assert_eq!(standing_in(&model, 2, batch, f32::NAN).1, [0.0; 2], "no number is no reason");
+    }
+}
+
+#[test]
+fn some_rows_of_a_step_have_stand_ins_and_others_do_not() {
+    let model = with_stand_ins(0.05);
+    let (one_by_one, shares) = standing_in(&model, 1, 1, 0.0);
+    assert!((0.2..0.8).contains(&shares[0]) && shares[1] < shares[0], "{shares:?}");
+    let full = Run::new(&model).logits(&ids(9, WIDE.vocab));
+    assert!(mean_distance(&one_by_one, &full) > 0.05, "stand-ins are something else");
+    for batch in [3, 9] {
+        let (together, counted) = standing_in(&model, 1, batch, 0.0);
+        assert_eq!(bits(&together), bits(&one_by_one), "{batch}");
+        assert_eq!(counted, shares);
+    }
+    assert_eq!(bits(&standing_in(&model, 3, 1, 0.0).0), bits(&one_by_one), "threads");
+}
+
+/// The stream behind the last layer, by rows.
+#[derive(Default)]
+struct LastStream(Vec<f32>);
+
+impl Probe for LastStream {
+    fn stream(&mut self, layer: usize, x: &[f32]) {
+        if layer == 1 {
+            self.0 = x.to_vec();
+        }
+    }
+}
+
+/// In a model of one layer: what attention leaves in the stream, and the map of that on top.
+#[test]
+fn a_stand_in_adds_its_map_of_the_normed_stream() {
+    let shape = Shape { layers: 1, ..WIDE };
+    let file = ModelFile::llama(shape, GgmlType::Q4_1);
+    let stream = |size: f32| {
+        let mut model = file.load().unwrap();
+        let made = stand_ins(shape, size);
+        model.prepare_stand_ins(made.clone()).unwrap();
+        let team = Team::new(1).unwrap();
+        let on = Compute { team: &team, kernels: best() };
+        let policy = Box::new(StandingIn::new(f32::INFINITY, 0, 0..1));
+        let mut state = State::new(&model, &team, (9, 9), KvType::F32, policy);
+        let seen = Arc::new(Mutex::new(LastStream::default()));
+        state.set_probe(Some(Box::new(seen.clone())));
+        model.forward(on, &mut state, &ids(5, shape.vocab), GOVERNED).unwrap();
+        let norm = (model.layers()[0].ffn.norm.to_vec(), model.config().norm_eps);
+        let x = std::mem::take(&mut seen.lock().unwrap().0);
+        (x, made.into_iter().next().unwrap(), norm)
+    };
+    let (attended, ..) = stream(0.0);
+    let (got, map, (norm, eps)) = stream(0.5);
+    let d = shape.embedding;
+    let product = |matrix: Matrix<'_>, x: &[f32]| -> Vec<f32> {
+        let mut row = vec![0.0; matrix.cols()];
+        let dot = |row: &[f32]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f32>();
+        (0..matrix.rows_len())
+            .map(|r| {
+                matrix.dequantize_row(r, &mut row);
+                dot(&row)
+            })
+            .collect()
+    };
+    for (x, got) in attended.chunks_exact(d).zip(got.chunks_exact(d)) {
+        let scale = 1.0 / (x.iter().map(|x| x * x).sum::<f32>() / d as f32 + eps).sqrt();
+        let normed: Vec<f32> = x.iter().zip(&norm).map(|(x, w)| x * scale * w).collect();
+        let mapped = product(map.wide(), &product(map.narrow(), &normed));
+        let want: Vec<f32> = x.iter().zip(&map.base).zip(mapped).map(|((x, b), m)| x + b + m).collect();
+        assert!(mean_distance(got, &want) < 0.05, "{}", mean_distance(got, &want));
+        assert!(mean_distance(x, &want) > 0.2, "the map is something");
+    }
+}
+
+#[test]
+fn stand_ins_that_do_not_fit_are_refused() {
+    let mut model = ModelFile::llama(WIDE, GgmlType::Q4_1).load().unwrap();
+    let few = model.prepare_stand_ins(stand_ins(WIDE, 1.0)[1..].to_vec()).unwrap_err();
+    assert!(matches!(few, ModelError::StandIns { .. }), "{few}");
+    let narrow = Shape { embedding: 64, ..WIDE };
+    let error = model.prepare_stand_ins(stand_ins(narrow, 1.0)).unwrap_err();
+    assert!(matches!(error, ModelError::StandIns { entries: 64, .. }), "{error}");
 }

@@ -104,14 +104,14 @@ fn calibrated(model: &mut Model, team: &Team, quality_windows: usize) -> (Calibr
     let ids = ids(CONTEXT * (quality_windows + 4));
     let options = CalibrateOptions { windows: 4, quality_windows, text: "a text".into() };
     let mut stages = Vec::new();
-    let found = calibrate(model, on(team), &ids, &options, &mut |stage, done, all| {
+    let found = calibrate(model, on(team), &[ids.clone()], &options, &mut |stage, done, all| {
         assert!(done <= all);
         stages.push(stage);
         true
     });
     stages.dedup();
-    // Strengths twice: sensitivity is measured between those of the rule and those of cuts.
-    assert_eq!(stages.len(), if quality_windows > 0 { 6 } else { 5 });
+    // Strengths of the rule, of cuts and of stand-ins, each when what they need is known.
+    assert_eq!(stages.len(), if quality_windows > 0 { 8 } else { 7 });
     (found.unwrap(), ids)
 }
 
@@ -136,12 +136,12 @@ fn policies_reach_the_ratio_asked_for() {
     let reach = (found.cold.1 - found.cold.0) / 2;
     model.set_calibration(found);
     for ratio in [0.1, 0.25, 0.4] {
-        for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut", "neurons"] {
+        for name in ["ffn-skip", "static", "random", "shortgpt", "skipdecode", "cut", "neurons", "stand-in"] {
             let mode = SkipMode::from_name(name).unwrap();
             let options = SkipOptions { mode, ratio: Some(ratio), cold: Some((0, 12)), ..Default::default() };
             let options = match mode {
                 // Calibrated for the cold regions that were found.
-                SkipMode::FfnSkip | SkipMode::Cut | SkipMode::Neurons => {
+                SkipMode::FfnSkip | SkipMode::Cut | SkipMode::Neurons | SkipMode::StandIn => {
                     SkipOptions { cold: None, ..options }
                 }
                 _ => options,
@@ -187,9 +187,9 @@ fn points_state_the_quality_that_was_measured() {
     let (mut model, team) = (model(), Team::new(2).unwrap());
     let (found, _) = calibrated(&mut model, &team, 1);
     let random = found.points.iter().find(|p| p.policy == "random").unwrap();
-    for policy in ["cut", "neurons"] {
+    for (policy, least) in [("cut", 5), ("neurons", 5), ("stand-in", 4)] {
         let cut: Vec<_> = found.points.iter().filter(|p| p.policy == policy).collect();
-        assert!(cut.len() >= 5, "{:?}", found.points);
+        assert!(cut.len() >= least, "{:?}", found.points);
         for pair in cut.windows(2) {
             assert!(pair[0].kl <= pair[1].kl * 1.05 + 1e-4, "deeper cuts are further off: {pair:?}");
             assert!(pair[0].bytes < pair[1].bytes);
@@ -198,34 +198,46 @@ fn points_state_the_quality_that_was_measured() {
     }
 }
 
-/// A file of an older version knows nothing about neurons; what it knows stays as it is.
+/// The calibration as a version wrote it that did not know `policies`.
+fn without(mut found: Calibration, policies: &[&str]) -> Calibration {
+    found.points.retain(|point| !policies.contains(&point.policy.as_str()));
+    if policies.contains(&"neurons") {
+        let cut = found.cut.as_mut().unwrap();
+        cut.neurons = Default::default();
+        cut.plan.layers.iter_mut().flatten().for_each(|layer| layer.gate.clear());
+    }
+    if policies.contains(&"stand-in") {
+        found.stand_ins = None;
+    }
+    found
+}
+
+/// Files of older versions know nothing about neurons or stand-ins; what they know stays as it is.
 #[test]
 fn an_older_calibration_is_completed() {
     let (mut model, team) = (model(), Team::new(2).unwrap());
     let (found, ids) = calibrated(&mut model, &team, 1);
-    let mut older = found.clone();
-    older.points.retain(|point| point.policy != "neurons");
-    let cut = older.cut.as_mut().unwrap();
-    cut.neurons = Default::default();
-    cut.plan.layers.iter_mut().flatten().for_each(|layer| layer.gate.clear());
-    let older = read(&write(&older, &model.facts()), &model).unwrap();
-
     let options = CalibrateOptions { windows: 4, quality_windows: 1, text: "a text".into() };
     let nobody = &mut |_, _, _| true;
-    let mut completed = complete(&mut model, on(&team), older.clone(), &ids, &options, nobody).unwrap();
-    let learnt = |c: &Calibration| c.points.iter().filter(|point| point.policy == "neurons").count();
-    assert!(learnt(&completed) > 0 && learnt(&completed).abs_diff(learnt(&found)) <= 2);
-    let neurons = SkipOptions { mode: SkipMode::Neurons, ratio: Some(0.2), ..Default::default() };
-    assert!(neurons.policy(&model.facts(), Some(&older)).is_err());
-    assert!(neurons.policy(&model.facts(), Some(&completed)).is_ok());
-    let again = complete(&mut model, on(&team), completed.clone(), &ids, &options, nobody).unwrap();
-    assert_eq!(again, completed, "nothing was lacking");
-
-    completed.points.retain(|point| point.policy != "neurons");
-    let cut = completed.cut.as_mut().unwrap();
-    cut.neurons = Default::default();
-    cut.plan.layers.iter_mut().flatten().for_each(|layer| layer.gate.clear());
-    assert_eq!(Calibration { auto: older.auto, ..completed }, older, "the rest stays");
+    for lacking in [&["stand-in"][..], &["neurons", "stand-in"]] {
+        let older = without(found.clone(), lacking);
+        let older = read(&write(&older, &model.facts()), &model).unwrap();
+        let texts = [ids.clone()];
+        let completed = complete(&mut model, on(&team), older.clone(), &texts, &options, nobody).unwrap();
+        for policy in lacking {
+            let learnt = |c: &Calibration| c.points.iter().filter(|p| p.policy == *policy).count();
+            assert!(learnt(&completed) > 0 && learnt(&completed).abs_diff(learnt(&found)) <= 2);
+            let mode = SkipMode::from_name(policy).unwrap();
+            let asked = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
+            let error = asked.policy(&model.facts(), Some(&older)).err().unwrap().to_string();
+            assert!(error.contains(policy) && error.contains("--complete"), "{error}");
+            assert!(asked.policy(&model.facts(), Some(&completed)).is_ok());
+        }
+        let again = complete(&mut model, on(&team), completed.clone(), &texts, &options, nobody).unwrap();
+        assert_eq!(again, completed, "nothing was lacking");
+        let rest = without(completed, lacking);
+        assert_eq!(Calibration { auto: older.auto, ..rest }, older, "the rest stays");
+    }
 }
 
 // ---- the file
@@ -278,12 +290,16 @@ fn broken_files_are_errors() {
             if let Ok(read) = read(&broken, &model) {
                 assert_eq!(read.cosines.len(), SHAPE.layers);
                 assert!(read.cold.0 <= read.cold.1 && read.cold.1 <= SHAPE.layers);
-                for mode in [SkipMode::Cut, SkipMode::Neurons] {
+                for mode in [SkipMode::Cut, SkipMode::Neurons, SkipMode::StandIn] {
                     let options = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
                     if let Ok(mut policy) = options.policy(&model.facts(), Some(&read)) {
                         policy.begin_token(100);
-                        assert!(matches!(policy.decide(0), Decision::Cut(
-                            Cut::Columns { inputs: t, .. } | Cut::Neurons { gate: t, .. }) if t >= 0.0));
+                        assert!(match policy.decide(0) {
+                            Decision::Cut(Cut::Columns { inputs: t, .. } | Cut::Neurons { gate: t, .. }) =>
+                                t >= 0.0,
+                            Decision::StandIn { below } => below.is_finite(),
+                            _ => false,
+                        });
                     }
                 }
             }
@@ -320,7 +336,7 @@ fn wrong_keys_are_named() {
     let error = |key: &str, value: Option<Value>| {
         read(&changed(&bytes, key, value), &model).expect_err(key).to_string()
     };
-    let cases: [(&str, Value, &str); 14] = [
+    let cases: [(&str, Value, &str); 18] = [
         ("general.architecture", "llama".into(), "not a calibration file"),
         ("skip.version", 9u32.into(), "skip.version 9"),
         ("skip.model.ffn", 97u32.into(), "skip.model.ffn 97"),
@@ -335,6 +351,10 @@ fn wrong_keys_are_named() {
         ("skip.cut.depth", vec![f32::NAN; 12].into(), "a finite number"),
         ("skip.cut.ratio", vec![0.5f32, 0.4].into(), "no less than the entry before"),
         ("skip.cut.strength", vec![1f32; 2].into(), "skip.cut.strength has 2 entries"),
+        ("skip.stand_in.rank", 129u32.into(), "skip.stand_in.rank is 129"),
+        ("skip.stand_in.rank", 0u32.into(), "skip.stand_in.rank is 0"),
+        ("skip.stand_in.rank", 64u32.into(), "stand_in.narrow.weight"),
+        ("skip.stand_in.bias", vec![f32::NAN; 12].into(), "skip.stand_in.bias[0] is NaN"),
     ];
     for (key, value, want) in cases {
         let error = error(key, Some(value));

@@ -21,19 +21,23 @@ const EXAMPLES: &str = "\
 Examples:
   skiff calibrate -f wiki.txt
   skiff calibrate -m model.gguf -f wiki.txt -o model.skip.gguf --plot profile.svg
+  skiff calibrate -m model.gguf -f wiki.txt -f chats.txt --parse-special
   skiff calibrate -m model.gguf -f wiki.txt --complete model.skip.gguf
   skiff run --skip auto \"Why is the sky blue?\"
 
-The text's first windows are held out: quality is measured on them, everything else learnt from the rest. The file is
-found again beside the model (model.skip.gguf for model.gguf) and fits that model only.";
+The first windows of the (first) text are held out: quality is measured on them, everything else learnt from the rest.
+Give texts like those that the model will meet: stand-ins learn from them where they are good enough. The file is found again beside the model (model.skip.gguf for model.gguf) and fits that model only.";
 
 /// Learn from a text what can be skipped in a model
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct CalibrateArgs {
-    /// The text (- is stdin)
-    #[arg(short, long, value_name = "FILE")]
-    file: PathBuf,
+    /// The text (- is stdin); given again, another one: as much is learnt from each
+    #[arg(short, long, value_name = "FILE", required = true)]
+    file: Vec<PathBuf>,
+    /// Recognise control tokens by their text: for transcripts of chats
+    #[arg(long)]
+    parse_special: bool,
     /// Where the calibration goes [default: beside the model]
     #[arg(short, long, value_name = "S.skip.gguf")]
     output: Option<PathBuf>,
@@ -60,13 +64,14 @@ pub(super) struct CalibrateArgs {
 }
 
 pub(super) fn run(args: &CalibrateArgs) -> Outcome {
-    let text = read_text(&args.file)?;
+    let texts: Vec<String> = args.file.iter().map(|path| read_text(path)).collect::<Result<_, _>>()?;
     let mut engine = args.engine.load()?;
-    let encode = EncodeOptions { add_special: true, parse_special: false };
-    let tokens = engine.tokenizer().encode(&text, encode)?;
-    let name = args.file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let options =
-        CalibrateOptions { windows: args.windows, quality_windows: args.quality_windows, text: name };
+    let encode = EncodeOptions { add_special: true, parse_special: args.parse_special };
+    let texts: Vec<Vec<u32>> =
+        texts.iter().map(|text| engine.tokenizer().encode(text, encode)).collect::<Result<_, _>>()?;
+    let names = args.file.iter().map(|path| path.file_name().unwrap_or_default().to_string_lossy());
+    let text = names.collect::<Vec<_>>().join(", ");
+    let options = CalibrateOptions { windows: args.windows, quality_windows: args.quality_windows, text };
 
     let listener = Listener::new();
     let bar = progress_bar(1, "", args.quiet);
@@ -87,13 +92,13 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
         !listener.raised()
     };
     let found = match known {
-        Some(known) => complete(model, on, known, &tokens, &options, &mut progress),
-        None => calibrate(model, on, &tokens, &options, &mut progress),
+        Some(known) => complete(model, on, known, &texts, &options, &mut progress),
+        None => calibrate(model, on, &texts, &options, &mut progress),
     };
     bar.finish_and_clear();
     let found = match found {
         Err(CalibrateError::Interrupted) => return Err(Failure::Interrupted),
-        Err(error) => return Err(Failure::Error(format!("{}: {error}", args.file.display()))),
+        Err(error) => return Err(Failure::Error(format!("{}: {error}", options.text))),
         Ok(found) => found,
     };
     let path = args.output.clone().unwrap_or_else(|| calibration_path(engine.model().weights().path()));
@@ -109,11 +114,12 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
 
 fn in_words(stage: Stage) -> &'static str {
     match stage {
-        Stage::Activations => "1/5 activations of the full model",
-        Stage::Damage => "2/5 what each FFN is worth",
-        Stage::Sensitivity => "3/5 what errors of its sides cost",
-        Stage::Strengths => "4/5 strengths of the policies",
-        Stage::Quality => "5/5 quality on held-out text",
+        Stage::Activations => "1/6 activations of the full model",
+        Stage::Damage => "2/6 what each FFN is worth",
+        Stage::Sensitivity => "3/6 what errors of its sides cost",
+        Stage::StandIns => "4/6 what can stand in for an FFN",
+        Stage::Strengths => "5/6 strengths of the policies",
+        Stage::Quality => "6/6 quality on held-out text",
     }
 }
 

@@ -1,6 +1,7 @@
 //! The buffers of a step, and which row of them belongs to whom.
 
 use super::cut::CutScratch;
+use super::stand_in::StandInScratch;
 use super::{Model, Part, Probe};
 use crate::memory::Pages;
 use crate::ops::attention::AttentionScratch;
@@ -59,6 +60,10 @@ pub struct Buffers {
     pub(super) cuts: Vec<Cut>,
     /// Empty for models without a cut plan.
     pub(super) cut: CutScratch,
+    /// Rows whose FFN a stand-in may take the place of, and what that may cost.
+    pub(super) may_stand_in: Vec<(usize, f32)>,
+    /// Empty for models without stand-ins.
+    pub(super) stand_in: StandInScratch,
     pub(super) matmul: Vec<MatmulScratch>,
     pub(super) attention: Vec<AttentionScratch>,
     /// Looks on.
@@ -100,6 +105,8 @@ impl Buffers {
             cut_rows: Vec::with_capacity(batch),
             cuts: Vec::with_capacity(batch),
             cut: CutScratch::new(model, batch),
+            may_stand_in: Vec::with_capacity(batch),
+            stand_in: StandInScratch::new(model, batch, products),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: (0..threads).map(|_| attention()).collect(),
             probe: None,
@@ -160,11 +167,18 @@ impl Buffers {
         }
     }
 
-    /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan.
-    pub(super) fn choose_rows(&mut self, parts: &mut [Part<'_>], layer: usize, can_cut: bool) {
+    /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan, `can_stand_in`:
+    /// it has a stand-in.
+    pub(super) fn choose_rows(
+        &mut self,
+        parts: &mut [Part<'_>],
+        layer: usize,
+        (can_cut, can_stand_in): (bool, bool),
+    ) {
         self.active.clear();
         self.cut_rows.clear();
         self.cuts.clear();
+        self.may_stand_in.clear();
         for &row in &self.in_layer {
             let Owner { part, row: token } = self.owners[row];
             let Some(policy) = parts[part].policy(token) else {
@@ -183,7 +197,8 @@ impl Buffers {
                     self.cut_rows.push(row);
                     self.cuts.push(cut);
                 }
-                Decision::Run | Decision::Cut(_) => self.active.push(row),
+                Decision::StandIn { below } if can_stand_in => self.may_stand_in.push((row, below)),
+                Decision::Run | Decision::Cut(_) | Decision::StandIn { .. } => self.active.push(row),
             }
         }
     }

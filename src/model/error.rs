@@ -34,6 +34,8 @@ pub enum ModelError {
     CutShape { layer: usize, what: &'static str, found: usize, expected: usize },
     #[error("the cut plan's {what} of layer {layer} has {found} at {index}, expected {expected}")]
     CutValue { layer: usize, what: &'static str, index: usize, found: f32, expected: &'static str },
+    #[error("{found} stand-ins of {entries} entries, the model has {layers} layers of {embedding}")]
+    StandIns { found: usize, entries: usize, layers: usize, embedding: usize },
     #[error("FFNs laid out by columns: {0}")]
     CutMemory(#[from] crate::memory::MemoryError),
     #[error("the threads cannot be started: {0}")]

@@ -161,17 +161,19 @@ impl Model {
 
     /// The FFN of the rows that the policy lets run, in full or cut.
     fn ffn(&self, on: Compute<'_>, s: &mut Buffers, parts: &mut [Part<'_>], layer: &Layer, index: usize) {
-        let cut = self.cut(index);
-        s.choose_rows(parts, index, cut.is_some());
+        let (cut, stand_in) = (self.cut(index), self.stand_in(index));
+        s.choose_rows(parts, index, (cut.is_some(), stand_in.is_some()));
+        let normed = stand_in.filter(|_| !s.may_stand_in.is_empty());
+        let normed = normed.is_some_and(|stand_in| self.ffn_stand_in(on, s, parts, layer, stand_in, index));
         if !s.active.is_empty() {
-            self.ffn_full(on, s, parts, layer, index);
+            self.ffn_full(on, s, parts, layer, index, normed);
         }
         if let Some(prepared) = cut.filter(|_| !s.cut_rows.is_empty()) {
             self.ffn_cut(on, s, parts, layer, prepared, index);
         }
     }
 
-    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the active rows.
+    /// `x += W_down (silu(W_gate norm(x)) * W_up norm(x))`, for the active rows; `normed`: there is norm(x) already.
     fn ffn_full(
         &self,
         on: Compute<'_>,
@@ -179,10 +181,13 @@ impl Model {
         parts: &mut [Part<'_>],
         layer: &Layer,
         index: usize,
+        normed: bool,
     ) {
         let (c, w, n) = (&self.config, &layer.ffn, s.rows());
         let observed = parts.iter().any(Part::observed);
-        rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
+        if !normed {
+            rms_norm(on, &s.x, &s.active, &w.norm, c.norm_eps, &mut s.normed);
+        }
         s.inner.reshape(s.active.len(), c.ffn);
         matmul_swiglu(on, w.gate.matrix(), w.up.matrix(), &s.normed, s.inner.values_mut(), &mut s.matmul);
         s.inner.quantize(on);

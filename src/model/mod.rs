@@ -12,6 +12,7 @@ mod kv;
 mod layers;
 mod probe;
 mod sequence;
+mod stand_in;
 mod state;
 
 use std::path::Path;
@@ -30,7 +31,7 @@ pub use state::State;
 use crate::gguf::Gguf;
 use crate::ops::Compute;
 use crate::skip::{
-    Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy,
+    Calibration, CalibrationError, CutPlan, ModelFacts, SkipError, SkipMode, SkipOptions, SkipPolicy, StandIn,
 };
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
@@ -46,6 +47,8 @@ pub struct Model {
     cuts: Vec<Option<PreparedCut>>,
     /// What those have laid out by columns.
     column_forms: ColumnForms,
+    /// What may stand in for each FFN; empty until [`prepare_stand_ins`](Self::prepare_stand_ins).
+    stand_ins: Vec<StandIn>,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -92,6 +95,7 @@ impl Model {
             layers,
             cuts: Vec::new(),
             column_forms: ColumnForms::None,
+            stand_ins: Vec::new(),
             output_norm,
             output,
             rope_frequencies,
@@ -137,7 +141,7 @@ impl Model {
         options.policy(&self.facts(), self.calibration())
     }
 
-    /// Makes ready what the policy of `options` needs beyond the file's weights: for cuts, see
+    /// Makes ready what the policy of `options` needs beyond the file's weights; for cuts, see
     /// [`prepare_cuts`](Self::prepare_cuts). States made before do not have the buffers for it.
     pub fn prepare_skip(
         &mut self,
@@ -145,6 +149,7 @@ impl Model {
         options: &SkipOptions,
         progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
+        self.prepare_stand_ins_for(options)?;
         match self.plan_to_prepare(options)? {
             Some((plan, forms)) => self.prepare_cuts(on, plan, forms, progress),
             None => Ok(()),
@@ -153,6 +158,7 @@ impl Model {
 
     /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: with [`ColumnForms::None`].
     pub fn prepare_skip_by_rows(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
+        self.prepare_stand_ins_for(options)?;
         match self.plan_to_prepare(options)? {
             Some((plan, _)) => self.prepare_cuts(on, plan, ColumnForms::None, |_, _| {}),
             None => Ok(()),
@@ -166,6 +172,16 @@ impl Model {
             self.drop_cuts();
         }
         self.prepare_skip(on, options, |_, _| {})
+    }
+
+    fn prepare_stand_ins_for(&mut self, options: &SkipOptions) -> Result<(), ModelError> {
+        let needed = options.resolved(self.calibration())?.mode == SkipMode::StandIn;
+        match self.calibration().and_then(|c| c.stand_ins.as_ref()) {
+            Some(found) if needed && self.stand_ins.is_empty() => {
+                self.prepare_stand_ins(found.layers.clone())
+            }
+            _ => Ok(()),
+        }
     }
 
     /// `None`: no cuts at all.

@@ -5,7 +5,8 @@
 
 use std::io;
 
-use super::{CutPlan, CutSide, LayerCut, ModelFacts};
+use super::stand_in::matrix_type;
+use super::{CutPlan, CutSide, LayerCut, ModelFacts, StandIn};
 use crate::gguf::{Builder, Error as GgufError, GgmlType, Gguf, Metadata, StringArray, WriteError};
 use crate::quant;
 
@@ -60,6 +61,15 @@ pub struct CutCalibration {
     pub neurons: Curve,
 }
 
+/// What may stand in for FFNs, and when.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StandInCalibration {
+    /// For each layer; all of one rank.
+    pub layers: Vec<StandIn>,
+    /// Threshold of `stand-in` by share of blocks.
+    pub curve: Curve,
+}
+
 /// The measured quality of a policy at a strength, on text that it was not calibrated on.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Point {
@@ -107,6 +117,8 @@ pub struct Calibration {
     pub ffn_skip: Curve,
     /// What `cut` needs.
     pub cut: Option<CutCalibration>,
+    /// What `stand-in` needs; nothing in files of older versions.
+    pub stand_ins: Option<StandInCalibration>,
     /// Measured points, in no order.
     pub points: Vec<Point>,
     /// Index of the point that `--skip auto` takes.
@@ -199,6 +211,7 @@ impl Calibration {
             cold: (start, end),
             ffn_skip: r.curve("skip.ffn_skip", &COSINE)?,
             cut: r.cut(facts)?,
+            stand_ins: r.stand_ins(facts)?,
             points,
             auto,
         })
@@ -215,9 +228,17 @@ impl Calibration {
         for (name, n, _) in &sides {
             file.tensor(*name, stored_type(*n), &[*n as u64, facts.layers as u64])?;
         }
+        let stand_ins = self.stand_ins.as_ref().map_or_else(Vec::new, |found| stand_in_tensors(facts, found));
+        for (name, ty, cols, bytes) in &stand_ins {
+            let rows = bytes.len() / ty.row_bytes(*cols);
+            file.tensor(*name, *ty, &[*cols as u64, rows as u64])?;
+        }
         let mut out = file.start(out)?;
         for (_, n, values) in &sides {
-            out.write_tensor(&stored(*n, values))?;
+            out.write_tensor(&stored(*n, stored_type(*n), values))?;
+        }
+        for (_, _, _, bytes) in &stand_ins {
+            out.write_tensor(bytes)?;
         }
         out.finish()
     }
@@ -248,6 +269,12 @@ impl Calibration {
             file.insert("skip.neurons.ratio", cut.neurons.ratios.clone())?;
             file.insert("skip.neurons.strength", cut.neurons.strengths.clone())?;
         }
+        if let Some(found) = &self.stand_ins {
+            file.insert("skip.stand_in.rank", found.layers.first().map_or(1, StandIn::rank) as u32)?;
+            file.insert("skip.stand_in.bias", found.layers.iter().map(|l| l.bias).collect::<Vec<f32>>())?;
+            file.insert("skip.stand_in.ratio", found.curve.ratios.clone())?;
+            file.insert("skip.stand_in.strength", found.curve.strengths.clone())?;
+        }
         self.write_points(file)
     }
 
@@ -276,6 +303,33 @@ fn file_sides(facts: &ModelFacts) -> [FileSide; 6] {
     ]
 }
 
+/// The tensors of stand-ins: name, type, columns and bytes. Layers are one under the other.
+fn stand_in_tensors(
+    facts: &ModelFacts,
+    found: &StandInCalibration,
+) -> Vec<(&'static str, GgmlType, usize, Vec<u8>)> {
+    let (n, rank) = (facts.embedding, found.layers.first().map_or(1, StandIn::rank));
+    let vectors = |of: fn(&StandIn) -> &[f32]| {
+        let values: Vec<f32> = found.layers.iter().flat_map(of).copied().collect();
+        (stored_type(n), n, stored(n, stored_type(n), &values))
+    };
+    let matrices = |cols, of: fn(&StandIn) -> &[u8]| {
+        (matrix_type(cols), cols, found.layers.iter().flat_map(of).copied().collect())
+    };
+    let named = |name, (ty, cols, bytes)| (name, ty, cols, bytes);
+    vec![
+        named(PROBE, vectors(|layer| &layer.probe)),
+        named(BASE, vectors(|layer| &layer.base)),
+        named(NARROW, matrices(n, |layer| layer.narrow().bytes())),
+        named(WIDE, matrices(rank, |layer| layer.wide().bytes())),
+    ]
+}
+
+const PROBE: &str = "stand_in.probe.weight";
+const BASE: &str = "stand_in.base";
+const NARROW: &str = "stand_in.narrow.weight";
+const WIDE: &str = "stand_in.wide.weight";
+
 /// The vectors of all layers, one after the other, zeros for those that have none; nothing if no layer has one.
 fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> Vec<f32> {
     let vectors = plan.layers.iter().map(|cut| cut.clone().map(|mut cut| std::mem::take(of(&mut cut))));
@@ -293,13 +347,12 @@ fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> V
 }
 
 /// The type in which vectors of `n` entries are stored: a byte an entry is exact enough, where blocks fit.
-fn stored_type(n: usize) -> GgmlType {
+pub(super) fn stored_type(n: usize) -> GgmlType {
     if n.is_multiple_of(GgmlType::Q8_0.block_len()) { GgmlType::Q8_0 } else { GgmlType::F16 }
 }
 
-/// Rows of `n` values as the file has them.
-fn stored(n: usize, values: &[f32]) -> Vec<u8> {
-    let ty = stored_type(n);
+/// Rows of `n` values in blocks of `ty`.
+pub(super) fn stored(n: usize, ty: GgmlType, values: &[f32]) -> Vec<u8> {
     let mut bytes = vec![0; ty.row_bytes(n) * (values.len() / n)];
     for (row, bytes) in values.chunks_exact(n).zip(bytes.chunks_exact_mut(ty.row_bytes(n))) {
         quant::quantize_row(ty, row, bytes);
@@ -308,8 +361,7 @@ fn stored(n: usize, values: &[f32]) -> Vec<u8> {
 }
 
 /// What [`stored`] has made of rows of `n` values.
-fn restored(n: usize, bytes: &[u8]) -> Vec<f32> {
-    let ty = stored_type(n);
+pub(super) fn restored(n: usize, ty: GgmlType, bytes: &[u8]) -> Vec<f32> {
     let mut values = vec![0.0; bytes.len() / ty.row_bytes(n) * n];
     for (row, bytes) in values.chunks_exact_mut(n).zip(bytes.chunks_exact(ty.row_bytes(n))) {
         quant::dequantize_row(ty, bytes, row);
@@ -322,7 +374,8 @@ impl CutPlan {
     pub fn as_stored(&self) -> Self {
         let round = |vector: &mut Vec<f32>| {
             if !vector.is_empty() {
-                *vector = restored(vector.len(), &stored(vector.len(), vector));
+                let (n, ty) = (vector.len(), stored_type(vector.len()));
+                *vector = restored(n, ty, &stored(n, ty, vector));
             }
         };
         let round_side = |side: &mut CutSide| {
@@ -453,15 +506,9 @@ impl Reader<'_> {
 
     /// The tensor `name`, `[rows, n]`, if there is one.
     fn tensor(&self, name: &str, n: usize, rows: usize, range: &Range) -> Result<Option<Vec<f32>>> {
-        let Some(info) = self.file.tensor(name) else { return Ok(None) };
-        let expected = [n as u64, rows as u64];
-        if info.ty != stored_type(n) || info.shape != expected {
-            let (tensor, found) = (name.to_owned(), format!("{} {:?}", info.ty, info.shape));
-            return Err(CalibrationError::Tensor { tensor, found, ty: stored_type(n), expected });
-        }
-        // The reader has checked that the extent lies inside the file.
-        let bytes = &self.bytes[info.offset as usize..][..info.n_bytes as usize];
-        let values = restored(n, bytes);
+        let ty = stored_type(n);
+        let Some(bytes) = self.tensor_bytes(name, ty, [n, rows])? else { return Ok(None) };
+        let values = restored(n, ty, bytes);
         match values.iter().position(|&v| !range.1(v)) {
             Some(index) => {
                 let (key, found, expected) = (name.to_owned(), values[index], range.0);
@@ -469,6 +516,56 @@ impl Reader<'_> {
             }
             None => Ok(Some(values)),
         }
+    }
+
+    /// The bytes of the tensor `name`, if there is one.
+    fn tensor_bytes(&self, name: &str, ty: GgmlType, [n, rows]: [usize; 2]) -> Result<Option<&[u8]>> {
+        let Some(info) = self.file.tensor(name) else { return Ok(None) };
+        let expected = [n as u64, rows as u64];
+        if info.ty != ty || info.shape != expected {
+            let (tensor, found) = (name.to_owned(), format!("{} {:?}", info.ty, info.shape));
+            return Err(CalibrationError::Tensor { tensor, found, ty, expected });
+        }
+        // The reader has checked that the extent lies inside the file.
+        Ok(Some(&self.bytes[info.offset as usize..][..info.n_bytes as usize]))
+    }
+
+    fn stand_ins(&self, facts: &ModelFacts) -> Result<Option<StandInCalibration>> {
+        let Some(rank) = self.metadata.opt_usize("skip.stand_in.rank")? else { return Ok(None) };
+        let (n, layers) = (facts.embedding, facts.layers);
+        let block = matrix_type(rank).block_len();
+        if rank == 0 || rank > n || !rank.is_multiple_of(block) {
+            let expected = format!("1 to {n}, the embedding");
+            return Err(CalibrationError::Number { key: "skip.stand_in.rank", found: rank, expected });
+        }
+        let bias = self.numbers("skip.stand_in.bias", layers, &FINITE)?;
+        let missing = |tensor: &str, ty, expected: [usize; 2]| {
+            let expected = expected.map(|n| n as u64);
+            CalibrationError::Tensor { tensor: tensor.into(), found: "missing".into(), ty, expected }
+        };
+        let vectors = |name| {
+            let values = self.tensor(name, n, layers, &FINITE)?;
+            values.ok_or_else(|| missing(name, stored_type(n), [n, layers]))
+        };
+        let matrices = |name, shape: [usize; 2]| {
+            let ty = matrix_type(shape[0]);
+            self.tensor_bytes(name, ty, shape)?.ok_or_else(|| missing(name, ty, shape))
+        };
+        let (probe, base) = (vectors(PROBE)?, vectors(BASE)?);
+        let narrow = matrices(NARROW, [n, rank * layers])?;
+        let wide = matrices(WIDE, [rank, n * layers])?;
+        let vectors = probe.chunks_exact(n).zip(base.chunks_exact(n)).zip(bias);
+        let sizes = (StandIn::narrow_bytes(n, rank), StandIn::wide_bytes(n, rank));
+        let matrices = narrow.chunks_exact(sizes.0).zip(wide.chunks_exact(sizes.1));
+        let made = vectors.zip(matrices).map(|(((probe, base), bias), (narrow, wide))| {
+            StandIn::from_bytes((probe, bias, base), rank, narrow, wide)
+        });
+        let layers = made.enumerate().map(|(index, made)| {
+            let key = format!("{NARROW} or {WIDE}");
+            made.ok_or(CalibrationError::Value { key, index, found: f32::NAN, expected: FINITE.0 })
+        });
+        let layers = layers.collect::<Result<_>>()?;
+        Ok(Some(StandInCalibration { layers, curve: self.curve("skip.stand_in", &FINITE)? }))
     }
 
     fn points(&self) -> Result<Vec<Point>> {

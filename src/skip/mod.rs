@@ -11,6 +11,7 @@ mod built_in;
 mod cut;
 mod cutting;
 mod ffn_skip;
+mod stand_in;
 
 mod calibration;
 mod options;
@@ -18,11 +19,12 @@ mod stats;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
 pub use built_in::BUILT_IN;
-pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point};
+pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point, StandInCalibration};
 pub use cut::{Cut, CutPlan, CutSide, Depth, LayerCut};
 pub use cutting::Cutting;
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
+pub use stand_in::{StandIn, StandingIn};
 pub use stats::SkipStats;
 
 /// Whether an FFN runs for a token.
@@ -35,6 +37,12 @@ pub enum Decision {
     /// Without the inputs and neurons below these thresholds, in layers that the model's [`CutPlan`] has;
     /// in others as [`Run`](Self::Run).
     Cut(Cut),
+    /// Not at all, its [`StandIn`] in its place, if what that costs is foretold to be below this threshold; else, or in a model
+    /// that has none, as [`Run`](Self::Run).
+    StandIn {
+        /// A binary logarithm.
+        below: f32,
+    },
 }
 
 /// Decides about the FFNs of one sequence.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     Calibration, Curve, CutCalibration, Cutting, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode,
-    SkipPolicy, Static,
+    SkipPolicy, StandingIn, Static,
 };
 
 /// Which policy.
@@ -29,6 +29,8 @@ pub enum SkipMode {
     Cut,
     /// Neurons of every FFN, by rows of up and columns of down.
     Neurons,
+    /// FFNs whose stand-in is foretold to be good enough.
+    StandIn,
 }
 
 /// A policy and its parameters. `None`: the default for the model.
@@ -99,11 +101,11 @@ pub enum SkipError {
     #[error(
         "--skip {mode}: the calibration file has nothing on it; add it with `skiff calibrate --complete`, or calibrate anew"
     )]
-    NoCuts { mode: &'static str },
+    Uncalibrated { mode: &'static str },
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 9] = [
+    const NAMES: [(&'static str, Self); 10] = [
         ("off", Self::Off),
         ("auto", Self::Auto),
         ("ffn-skip", Self::FfnSkip),
@@ -113,6 +115,7 @@ impl SkipMode {
         ("skipdecode", Self::SkipDecode),
         ("cut", Self::Cut),
         ("neurons", Self::Neurons),
+        ("stand-in", Self::StandIn),
     ];
 
     /// The name of every mode, as `--skip` takes it.
@@ -136,7 +139,7 @@ impl SkipMode {
 
     /// Whether there is no policy of this mode without a calibration, whatever the parameters.
     pub fn needs_calibration(self) -> bool {
-        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut | Self::Neurons)
+        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut | Self::Neurons | Self::StandIn)
     }
 }
 
@@ -190,10 +193,16 @@ impl SkipOptions {
                 let threshold = self.cut_threshold(calibration, |cut| &cut.neurons)?;
                 Box::new(Cutting::neurons(threshold, warm_up, self.cut_layers(layers)))
             }
+            SkipMode::StandIn => {
+                let known = self.calibrated(calibration)?.stand_ins.as_ref().map(|found| &found.curve);
+                let below = self.strength(known)?;
+                Box::new(StandingIn::new(below, warm_up, self.cut_layers(layers)))
+            }
         })
     }
 
-    /// The plan knows which layers cannot be cut; the cold regions are those of whole blocks.
+    /// The plan knows which layers cannot be cut, and a stand-in what it costs; the cold regions are those of blocks that are
+    /// skipped without.
     fn cut_layers(&self, layers: usize) -> Range<usize> {
         let (start, end) = self.cold.unwrap_or((0, layers));
         start..end
@@ -204,9 +213,13 @@ impl SkipOptions {
         calibration: Option<&Calibration>,
         curve: fn(&CutCalibration) -> &Curve,
     ) -> Result<f32, SkipError> {
-        let none = SkipError::NoCuts { mode: self.mode.name() };
-        let calibrated = self.calibrated(calibration)?.cut.as_ref();
-        let curve = calibrated.map(curve).filter(|curve| !curve.ratios.is_empty()).ok_or(none)?;
+        self.strength(self.calibrated(calibration)?.cut.as_ref().map(curve))
+    }
+
+    /// The strength at which a curve of the calibration gives the ratio.
+    fn strength(&self, curve: Option<&Curve>) -> Result<f32, SkipError> {
+        let none = SkipError::Uncalibrated { mode: self.mode.name() };
+        let curve = curve.filter(|curve| !curve.ratios.is_empty()).ok_or(none)?;
         let ratio = self.needed_ratio()?;
         curve.strength(ratio).ok_or_else(|| self.too_high(ratio, curve.most()))
     }

@@ -11,7 +11,7 @@ struct Layer {
     ran: u64,
     skipped: u64,
     left_out: u64,
-    /// Bytes of the FFNs that ran which cuts left unread; less than nothing where the cut form is larger.
+    /// Bytes of the FFNs that ran which cuts left unread; less than nothing where the cut form is larger, or stand-ins were read.
     unread: i64,
     cosine_sum: f64,
     cosines: u64,
@@ -31,6 +31,14 @@ impl SkipStats {
     /// An FFN was skipped for `rows` tokens.
     pub fn skipped(&mut self, layer: usize, rows: u64) {
         self.layers[layer].skipped += rows;
+    }
+
+    /// An FFN that was said to have [`ran`](Self::ran) for a token had something of `bytes` weight bytes in its place.
+    pub fn stood_in(&mut self, layer: usize, bytes: i64) {
+        let layer = &mut self.layers[layer];
+        layer.ran -= 1;
+        layer.skipped += 1;
+        layer.unread -= bytes;
     }
 
     /// The layer was left out as a whole for `rows` tokens, whose FFNs are counted as skipped too.
@@ -143,5 +151,10 @@ mod tests {
         assert_eq!(stats.share(), 0.25);
         assert_eq!(stats.weighted_share(|layer| [1, 3][layer]), 5.0 / 6.0);
         assert_eq!(stats.weighted_share_by_layer(|layer| [1, 3][layer]), [2.0 / 3.0, 1.0]);
+        // An FFN of ten bytes had one of two in its place.
+        let mut stats = SkipStats::new(1);
+        stats.ran(0, 4);
+        stats.stood_in(0, 2);
+        assert_eq!((stats.share(), stats.weighted_share(|_| 10)), (0.25, 0.2));
     }
 }

@@ -1,11 +1,13 @@
 //! What calibration reads off a forward pass of the full model.
 
+use half::bf16;
+
 use crate::model::{FfnRows, Probe};
 
 /// Tokens whose vectors are kept for quantiles: 128 of them give each layer tens of thousands of entries.
 pub(super) const SAMPLES: usize = 128;
-/// Numbers kept, of all layers, for the regressions of [`depth`](super::depth): a gigabyte.
-const TRACED: usize = 1 << 28;
+/// Numbers kept, of all layers, for regressions: a gigabyte.
+const TRACED: usize = 1 << 29;
 
 /// Sums over the tokens of the calibration text, one [`LayerSums`] a layer.
 pub(super) struct Gatherer {
@@ -16,7 +18,7 @@ pub(super) struct Gatherer {
     embedding: usize,
     /// Every so many tokens one is kept as a sample.
     every: usize,
-    /// Every so many tokens the normed stream is kept.
+    /// Every so many tokens the normed stream and the FFN's output are kept.
     pub trace_every: usize,
     /// The stream that entered the layer before.
     entered: Vec<f32>,
@@ -42,8 +44,11 @@ pub(super) struct LayerSums {
     pub normed_samples: Vec<f32>,
     pub gate_samples: Vec<f32>,
     pub inner_samples: Vec<f32>,
-    /// The normed stream of more tokens: every [`trace_every`](Gatherer::trace_every)-th.
-    pub traced: Vec<f32>,
+    /// The normed stream of more tokens, every [`trace_every`](Gatherer::trace_every)-th, and what the FFN made of it.
+    pub traced: Vec<bf16>,
+    pub traced_out: Vec<bf16>,
+    /// `rms` of those.
+    pub traced_rms: Vec<f32>,
 }
 
 impl Gatherer {
@@ -57,7 +62,7 @@ impl Gatherer {
         let sums = LayerSums { pp: zeros(), pq: zeros(), qq: zeros(), uu: zeros(), ..LayerSums::default() };
         let tokens = windows * (context - warm_up);
         let every = tokens.div_ceil(SAMPLES);
-        let trace_every = tokens.div_ceil(TRACED / (layers * embedding).max(1)).max(1);
+        let trace_every = tokens.div_ceil((TRACED / (2 * layers * embedding).max(1)).max(1)).max(1);
         Self { layers: vec![sums; layers], warm_up, embedding, every, trace_every, entered: Vec::new() }
     }
 }
@@ -96,7 +101,9 @@ impl Probe for Gatherer {
                 sums.inner_samples.extend_from_slice(inner);
             }
             if sums.tokens.is_multiple_of(self.trace_every) {
-                sums.traced.extend_from_slice(normed);
+                sums.traced.extend(normed.iter().map(|&x| bf16::from_f32(x)));
+                sums.traced_out.extend(out.iter().map(|&x| bf16::from_f32(x)));
+                sums.traced_rms.extend(sums.rms.last());
             }
             sums.tokens += 1;
         }
@@ -128,6 +135,11 @@ impl LayerSums {
     pub fn influence(&self) -> f32 {
         (1.0 - self.layer_cosine / self.tokens.max(1) as f64).clamp(0.0, 2.0) as f32
     }
+}
+
+/// Numbers that were kept in few bits.
+pub(super) fn widened(x: &[bf16]) -> Vec<f32> {
+    x.iter().map(|x| x.to_f32()).collect()
 }
 
 fn sigmoid(g: f32) -> f32 {

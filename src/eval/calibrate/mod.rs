@@ -1,13 +1,15 @@
 //! Calibration: what a text tells about skipping in a model, for [`Calibration`] files.
 //!
-//! The first windows of the text are held out: on them the quality of what the rest taught is measured. Five stages:
+//! The first windows of the text are held out: on them the quality of what the rest taught is measured. Six stages:
 //! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; what an error of each of its
-//! sides costs, by cutting it alone (`sense`); the strengths at which policies skip given shares; the quality of some
-//! of those settings.
+//! sides costs, by cutting it alone (`sense`); what can take its place (`stand_in`); the strengths at which policies skip
+//! given shares; the quality of some of those settings.
 
 mod depth;
 mod gather;
+mod linear;
 mod sense;
+mod stand_in;
 mod weigh;
 
 use std::ops::Range;
@@ -18,9 +20,9 @@ use crate::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
     Calibration, Curve, CutCalibration, CutPlan, Cutting, FfnSkip, LayerCut, Never, Point, SkipError,
-    SkipMode, SkipOptions, SkipPolicy, Static,
+    SkipMode, SkipOptions, SkipPolicy, StandInCalibration, StandingIn, Static,
 };
-use gather::{Gatherer, LayerSums};
+use gather::{Gatherer, LayerSums, widened};
 use weigh::{Shares, gate_weights, layer_cut, trim_centres};
 
 /// Tokens of a window.
@@ -34,9 +36,10 @@ const TRIALS: usize = 2;
 /// Shares that the policies' strengths are found for.
 const RATIOS: [f32; 12] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6];
 /// Settings whose quality is measured.
-const POINTS: [(SkipMode, &[f32]); 7] = [
+const POINTS: [(SkipMode, &[f32]); 8] = [
     (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
     (SkipMode::Neurons, &[0.1, 0.15, 0.2, 0.25, 0.3]),
+    (SkipMode::StandIn, &[0.05, 0.1, 0.15, 0.2]),
     (SkipMode::FfnSkip, &[0.1, 0.2]),
     (SkipMode::Static, &[0.1, 0.2]),
     (SkipMode::Random, &[0.1]),
@@ -44,7 +47,7 @@ const POINTS: [(SkipMode, &[f32]); 7] = [
     (SkipMode::SkipDecode, &[0.1]),
 ];
 /// The policies whose deepest setting that is good enough is looked for, and how often the interval that holds it is halved.
-const REFINED: [SkipMode; 2] = [SkipMode::Cut, SkipMode::Neurons];
+const REFINED: [SkipMode; 3] = [SkipMode::Cut, SkipMode::Neurons, SkipMode::StandIn];
 const REFINEMENTS: usize = 2;
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
@@ -55,11 +58,11 @@ const TRIM_ROUNDS: usize = 3;
 /// How much text is used.
 #[derive(Clone, Debug)]
 pub struct CalibrateOptions {
-    /// Windows of 512 tokens that the full model's activations are taken from.
+    /// Windows of 512 tokens that the full model's activations are taken from, as many from each text.
     pub windows: usize,
-    /// Held-out windows, at the beginning of the text, on which quality is measured; 0 measures none.
+    /// Held-out windows, at the beginning of the first text, on which quality is measured; 0 measures none.
     pub quality_windows: usize,
-    /// Name of the text, for the file.
+    /// Name of the text or texts, for the file.
     pub text: String,
 }
 
@@ -70,6 +73,7 @@ pub enum Stage {
     Activations,
     Damage,
     Sensitivity,
+    StandIns,
     Strengths,
     Quality,
 }
@@ -84,8 +88,10 @@ pub enum CalibrateError {
     Model(#[from] ModelError),
     #[error(transparent)]
     Skip(#[from] SkipError),
-    #[error("the text has {tokens} tokens; calibration needs {needed}: give a longer text or fewer windows")]
-    TooShort { tokens: usize, needed: usize },
+    #[error(
+        "text {text} has {tokens} tokens; calibration needs {needed}: give a longer one or fewer windows"
+    )]
+    TooShort { text: usize, tokens: usize, needed: usize },
     #[error("the calibration to complete has nothing on cuts: make a new one")]
     NoCuts,
     #[error("interrupted")]
@@ -97,15 +103,15 @@ type Result<T> = std::result::Result<T, CalibrateError>;
 /// Called with the stage, its steps done and all of them; false stops the calibration.
 pub type Progress<'a> = &'a mut dyn FnMut(Stage, usize, usize) -> bool;
 
-/// Calibrates `model` on `tokens`, and leaves it prepared for cuts, by rows.
+/// Calibrates `model` on the tokens of some texts, and leaves it prepared for cuts, by rows, and for stand-ins.
 pub fn calibrate(
     model: &mut Model,
     on: Compute<'_>,
-    tokens: &[u32],
+    texts: &[Vec<u32>],
     options: &CalibrateOptions,
     progress: Progress<'_>,
 ) -> Result<Calibration> {
-    let (held_out, windows) = divided(tokens, options)?;
+    let (held_out, windows) = divided(texts, options)?;
     let (layers, targets) = gather(model, on, &windows, progress)?;
     let mut found = Calibration {
         model: model.weights().fingerprint(),
@@ -121,13 +127,14 @@ pub fn calibrate(
     found.cold = cold_regions(&found.cosines, &found.damage);
     found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
     found.cut = Some(cuts(model, on, &trials, (&layers, &targets), progress)?);
+    found.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
     found.points = sorted(points(model, on, &found, held_out, &POINTS, progress)?);
     found.auto = best(&found.points);
     Ok(found)
 }
 
-/// Adds to a calibration of `model` what it lacks, from `tokens`: what a file of an older version has not learnt about
-/// neurons. The rest stays. Nothing is lacking: it is given back.
+/// Adds to a calibration of `model` what it lacks, from `texts`: what a file of an older version has not learnt about
+/// neurons or stand-ins. The rest stays. Nothing is lacking: it is given back.
 ///
 /// # Errors
 /// As [`calibrate`]; or it has no cuts to begin with.
@@ -135,42 +142,97 @@ pub fn complete(
     model: &mut Model,
     on: Compute<'_>,
     mut known: Calibration,
-    tokens: &[u32],
+    texts: &[Vec<u32>],
     options: &CalibrateOptions,
     progress: Progress<'_>,
 ) -> Result<Calibration> {
     let Some(cut) = known.cut.as_mut() else { return Err(CalibrateError::NoCuts) };
-    if !cut.neurons.ratios.is_empty() {
+    let mut lacking = Vec::new();
+    lacking.extend(cut.neurons.ratios.is_empty().then_some(SkipMode::Neurons));
+    lacking.extend(known.stand_ins.is_none().then_some(SkipMode::StandIn));
+    if lacking.is_empty() {
         return Ok(known);
     }
-    let (held_out, windows) = divided(tokens, options)?;
+    let (held_out, windows) = divided(texts, options)?;
     let (layers, _) = gather(model, on, &windows, progress)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
-    for ((cut, layer), sums) in cut.plan.layers.iter_mut().zip(model.layers()).zip(&layers) {
-        if let Some(cut) = cut {
-            cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
-        }
+    if lacking.contains(&SkipMode::Neurons) {
+        complete_cuts(model, on, &trials, &layers, cut, progress)?;
     }
-    cut.plan = cut.plan.as_stored();
-    model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
-    let mut steps = Steps { done: 0, all: RATIOS.len(), progress: &mut *progress };
-    let shares = Shares::of_neurons(model, &cut.plan, &layers);
-    cut.neurons = cut_curve(model, on, &trials, &shares, Cutting::neurons, &mut steps)?;
-    let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| *mode == SkipMode::Neurons).collect();
+    if lacking.contains(&SkipMode::StandIn) {
+        known.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
+    }
+    let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| lacking.contains(mode)).collect();
     let measured = points(model, on, &known, held_out, &lacking, progress)?;
     known.points = sorted([std::mem::take(&mut known.points), measured].concat());
     known.auto = best(&known.points);
     Ok(known)
 }
 
-/// The text that is held out, and the windows to learn from.
-fn divided<'t>(tokens: &'t [u32], options: &CalibrateOptions) -> Result<(&'t [u32], Vec<&'t [u32]>)> {
-    let needed = (options.quality_windows + options.windows.max(TRIALS)) * CONTEXT;
-    if tokens.len() < needed || options.windows == 0 {
-        return Err(CalibrateError::TooShort { tokens: tokens.len(), needed });
+/// Adds what `neurons` needs to what is known about columns.
+fn complete_cuts(
+    model: &mut Model,
+    on: Compute<'_>,
+    trials: &Trials<'_>,
+    layers: &[LayerSums],
+    cut: &mut CutCalibration,
+    progress: Progress<'_>,
+) -> Result<()> {
+    for ((cut, layer), sums) in cut.plan.layers.iter_mut().zip(model.layers()).zip(layers) {
+        if let Some(cut) = cut {
+            cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
+        }
     }
-    let (held_out, text) = tokens.split_at(options.quality_windows * CONTEXT);
-    Ok((held_out, spread(text, options.windows)))
+    cut.plan = cut.plan.as_stored();
+    model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
+    let mut steps = Steps { done: 0, all: RATIOS.len(), progress };
+    let shares = Shares::of_neurons(model, &cut.plan, layers);
+    cut.neurons = cut_curve(model, on, trials, &shares, Cutting::neurons, &mut steps)?;
+    Ok(())
+}
+
+/// What can take each FFN's place, and the thresholds for shares of blocks, measured: a stream with stand-ins is another.
+fn stand_ins(
+    model: &mut Model,
+    on: Compute<'_>,
+    trials: &Trials<'_>,
+    layers: &[LayerSums],
+    progress: Progress<'_>,
+) -> Result<StandInCalibration> {
+    let found = stand_in::learn(model, on, &trials.first(), layers, &mut *progress)?;
+    model.prepare_stand_ins(found.clone())?;
+    let tried = trials.windows.len() as f64 / (layers[0].cosines.len() / (CONTEXT - WARM_UP)) as f64;
+    let foretold = stand_in::Foretold::of(on, layers, &found, tried);
+    let mut measured = Vec::new();
+    for (i, &ratio) in RATIOS.iter().enumerate() {
+        let below = foretold.threshold(ratio);
+        let policy = StandingIn::new(below, WARM_UP, 0..model.config().layers);
+        let trial = trials.run(model, on, Box::new(policy))?;
+        // A few windows are not like all of them: theirs tell how many more or fewer there are than foretold.
+        let (all, tried) = foretold.shares(below);
+        measured.push(((trial.blocks * all / tried.max(f64::MIN_POSITIVE)) as f32, below));
+        report(&mut *progress, Stage::Strengths, i + 1, RATIOS.len())?;
+    }
+    Ok(StandInCalibration { layers: found, curve: curve(measured) })
+}
+
+/// The text that is held out, and the windows to learn from: those of the texts in turn.
+fn divided<'t>(texts: &'t [Vec<u32>], options: &CalibrateOptions) -> Result<(&'t [u32], Vec<&'t [u32]>)> {
+    let share = options.windows.max(TRIALS).div_ceil(texts.len().max(1));
+    let held_out = options.quality_windows * CONTEXT;
+    let none = [Vec::new()];
+    for (i, text) in if texts.is_empty() { &none } else { texts }.iter().enumerate() {
+        let needed = share * CONTEXT + if i == 0 { held_out } else { 0 };
+        if text.len() < needed {
+            return Err(CalibrateError::TooShort { text: i + 1, tokens: text.len(), needed });
+        }
+    }
+    let first = texts.first().map_or(&[][..], |text| text);
+    let (held_out, first) = first.split_at(held_out);
+    let rest = texts.iter().skip(1).map(|text| &text[..]);
+    let windows: Vec<_> = std::iter::once(first).chain(rest).map(|text| spread(text, share)).collect();
+    let in_turn = (0..share).flat_map(|i| windows.iter().map(move |of_text| of_text[i]));
+    Ok((held_out, in_turn.take(options.windows).collect()))
 }
 
 /// `n` windows of `text`, evenly spread.
@@ -322,7 +384,7 @@ fn plan(
     sense::weigh(model, on, trials, layers, &mut cuts, progress)?;
     on.team.for_plain_tiles(&mut cuts, 1, (1, 1), |mut tile| {
         for layer in tile.rows() {
-            tile.row(layer)[0].depth = depth::fit(on, &layers[layer].traced, targets).0;
+            tile.row(layer)[0].depth = depth::fit(on, &widened(&layers[layer].traced), targets).0;
         }
     });
     let weights = |cut: &LayerCut| [cut.inputs.weight.clone(), cut.inner.weight.clone()].concat();
@@ -587,6 +649,26 @@ mod tests {
         }
         let share = skipped as f64 / 8000.0;
         assert!((share - 0.2).abs() < 0.005, "{share}");
+    }
+
+    #[test]
+    fn as_much_is_learnt_from_each_text() {
+        let text = |first: u32, windows: u32| (first..first + windows * CONTEXT as u32).collect::<Vec<_>>();
+        let options = CalibrateOptions { windows: 5, quality_windows: 1, text: "two texts".into() };
+        let texts = [text(0, 7), text(100_000, 3)];
+        let (held_out, windows) = divided(&texts, &options).unwrap();
+        assert_eq!(held_out, &texts[0][..CONTEXT]);
+        let places: Vec<u32> = windows.iter().map(|w| w[0] / CONTEXT as u32).collect();
+        let other = 100_000 / CONTEXT as u32;
+        assert_eq!(places, [1, other, 3, other + 1, 5], "windows of both in turn, spread over each");
+        assert!(windows.iter().all(|w| w.len() == CONTEXT));
+
+        let short = |texts: &[Vec<u32>]| divided(texts, &options).unwrap_err().to_string();
+        let error = short(&[text(0, 9), text(0, 2)]);
+        assert!(error.contains("text 2 has 1024 tokens; calibration needs 1536"), "{error}");
+        let error = short(&[text(0, 2), text(0, 9)]);
+        assert!(error.contains("text 1 has 1024 tokens; calibration needs 2048"), "{error}");
+        assert!(short(&[]).contains("text 1 has 0 tokens"));
     }
 
     #[test]
