@@ -1,6 +1,6 @@
 //! What leaving FFN weights unread gains, whatever it costs in quality, beside the gain that the unread bytes would
-//! give if reading were all: decoding with a forced share of the FFN blocks skipped, with a forced share of inputs and
-//! neurons cut by columns, and of neurons by rows of up and columns of down.
+//! give if reading were all: decoding with a forced share of the FFN blocks skipped, or stood in for, with a forced share
+//! of inputs and neurons cut by columns, and of neurons by rows of up and columns of down.
 //!
 //! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
 
@@ -16,13 +16,15 @@ use common::{best, decode, distance, ids, prompt, state};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use skiff::model::{ColumnForms, FfnRows, Matrices, Model, Probe, State};
 use skiff::ops::{Compute, Inputs};
-use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy};
+use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, StandIn};
 use skiff::threads::{Team, default_threads};
 
 /// Tokens of a turn: with four layers, 10 % of their FFNs is a whole number.
 const TOKENS: usize = 10;
 /// Shares of the FFN blocks that are skipped.
 const PERCENT: [usize; 3] = [10, 20, 30];
+/// Shares that stand-ins take the place of.
+const STAND_INS: [usize; 3] = [0, 10, 30];
 /// Shares of the FFN weights that cuts aim at.
 const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
 /// The same of rows of up and columns of down.
@@ -30,11 +32,13 @@ const NEURONS: [f32; 3] = [0.0, 0.2, 0.3];
 /// Turns of the comparison, if `SKIFF_BENCH_ROUNDS` does not say otherwise.
 const ROUNDS: usize = 9;
 
-/// Skips `percent` of all FFNs, evenly spread over layers and tokens.
+/// Decides `taken` about `percent` of all FFNs, evenly spread over layers and tokens, and `otherwise` about the others.
 #[derive(Clone)]
 struct Forced {
     percent: usize,
     decisions: usize,
+    taken: Decision,
+    otherwise: Decision,
 }
 
 impl SkipPolicy for Forced {
@@ -48,7 +52,7 @@ impl SkipPolicy for Forced {
         let so_far = |decisions: usize| decisions * self.percent / 100;
         let skip = so_far(self.decisions + 1) > so_far(self.decisions);
         self.decisions += 1;
-        if skip { Decision::Skip } else { Decision::Run }
+        if skip { self.taken } else { self.otherwise }
     }
 
     fn reset(&mut self) {
@@ -61,7 +65,22 @@ impl SkipPolicy for Forced {
 }
 
 fn forced(percent: usize) -> Box<dyn SkipPolicy> {
-    Box::new(Forced { percent, decisions: 0 })
+    Box::new(Forced { percent, decisions: 0, taken: Decision::Skip, otherwise: Decision::Run })
+}
+
+/// Stand-ins for `percent` of the FFNs; the probes of all are asked.
+fn standing_in(percent: usize) -> Box<dyn SkipPolicy> {
+    let [taken, otherwise] = [f32::INFINITY, f32::NEG_INFINITY].map(|below| Decision::StandIn { below });
+    Box::new(Forced { percent, decisions: 0, taken, otherwise })
+}
+
+/// Of the shape that calibration gives them, and little weight.
+fn stand_ins(model: &Model) -> Vec<StandIn> {
+    let config = model.config();
+    let (d, rank) = (config.embedding, (config.ffn / 16).clamp(32, 256) / 32 * 32);
+    let wave = |n: usize, size: f32| (0..n).map(|i| size * (i as f32).sin()).collect::<Vec<f32>>();
+    let one = StandIn::new(&wave(d, 1.0), 0.0, &wave(d, 1e-2), &wave(rank * d, 1e-2), &wave(d * rank, 1e-2));
+    vec![one; config.layers]
 }
 
 /// Cuts every layer by thresholds of its own.
@@ -205,6 +224,12 @@ fn check(model: &Model, on: Compute<'_>, tokens: &[u32], magnitudes: &Magnitudes
         assert_eq!(share, want / (TOKENS * layers) as f64, "{percent} % were to be skipped");
         assert!(distance(&logits, &full) > 1e-3, "{percent} % skipped and nothing changes");
     }
+    for percent in STAND_INS {
+        let (logits, share, bytes) = run(standing_in(percent));
+        assert_eq!(share, (TOKENS * layers * percent / 100) as f64 / (TOKENS * layers) as f64);
+        assert!(bytes >= 0.8 * share, "a stand-in reads little: {bytes} of {share}");
+        assert_eq!(logits == full, percent == 0, "{percent} % stood in for");
+    }
     let columns = CUTS.map(|share| (share, magnitudes.cut(layers, share)));
     let neurons = NEURONS.map(|share| (share, magnitudes.neurons(layers, share)));
     for (share, policy) in columns.into_iter().chain(neurons) {
@@ -231,6 +256,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers] };
     let started = Instant::now();
     model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
+    model.prepare_stand_ins(stand_ins(model)).unwrap();
     let (seconds, bytes) = (started.elapsed().as_secs_f64(), model.column_bytes() as f64);
     println!("{name}: {:.2} GB by columns, made in {seconds:.1} s", bytes / 1e9);
     let model = &*model;
@@ -240,6 +266,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let mut all =
         vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
     all.extend(PERCENT.map(|percent| variant(format!("{percent} % of blocks skipped"), forced(percent))));
+    all.extend(STAND_INS.map(|percent| variant(format!("{percent} % stood in for"), standing_in(percent))));
     all.extend(CUTS.map(|s| variant(format!("{:.0} % to be cut", 100.0 * s), magnitudes.cut(layers, s))));
     let neurons = |s| variant(format!("{:.0} % by neurons", 100.0 * s), magnitudes.neurons(layers, s));
     all.extend(NEURONS.map(neurons));

@@ -104,7 +104,7 @@ fn calibrated(model: &mut Model, team: &Team, quality_windows: usize) -> (Calibr
     let ids = ids(CONTEXT * (quality_windows + 4));
     let options = CalibrateOptions { windows: 4, quality_windows, text: "a text".into() };
     let mut stages = Vec::new();
-    let found = calibrate(model, on(team), &[ids.clone()], &options, &mut |stage, done, all| {
+    let found = calibrate(model, on(team), std::slice::from_ref(&ids), &options, &mut |stage, done, all| {
         assert!(done <= all);
         stages.push(stage);
         true
