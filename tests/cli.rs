@@ -382,7 +382,7 @@ fn skip_auto_works_from_the_first_run() {
     let always = ["run", "-m", as_str(&path), "--raw", "--temp", "0", "-n", "40", "--ignore-eos"];
     let outcome = skiff(&[&always[..], &["--skip", "auto", "Once upon a time"]].concat());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
-    for policy in ["cut", "neurons"] {
+    for policy in ["cut", "neurons", "stand-in"] {
         let announced = format!("skip auto: {policy} at ratio");
         let announced = outcome.stderr.lines().find(|line| line.starts_with(&announced));
         assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
@@ -395,6 +395,51 @@ fn skip_auto_works_from_the_first_run() {
     assert_eq!(in_full, not, "{outcome:?}");
     let static_ = skiff(&[&always[..], &["--skip", "static", "--skip-ratio", "0.1", "Once"]].concat());
     assert_eq!(static_.code, Some(0), "{static_:?}");
+}
+
+/// From texts to a file beside the model, which every command finds.
+#[test]
+fn a_calibration_is_learnt_from_texts_and_found_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let mut file = ModelFile::llama(WIDE, GgmlType::Q4_0);
+    file.set_vocabulary();
+    file.write(&at("m.gguf"));
+    let text = |n: usize, step: usize| -> String {
+        (0..n).map(|i| char::from(b'a' + (i * step + i * i / 7) as u8 % 26)).collect()
+    };
+    for (name, text) in
+        [("wiki.txt", text(2000, 3)), ("chats.txt", text(700, 11)), ("short.txt", text(99, 1))]
+    {
+        std::fs::write(at(name), text).unwrap();
+    }
+    let [model, wiki, chats, short] =
+        ["m.gguf", "wiki.txt", "chats.txt", "short.txt"].map(|name| as_str(&at(name)).to_owned());
+    let calibrate = |second: &str| {
+        let sizes = ["--windows", "2", "--quality-windows", "1", "-q", "--json"];
+        skiff(&[&["calibrate", "-m", &model, "-f", &wiki, "-f", second][..], &sizes].concat())
+    };
+    let error = calibrate(&short).error(1);
+    assert!(error.contains("wiki.txt, short.txt: text 2 has") && error.contains("needs 512"), "{error}");
+    let found: Value = serde_json::from_str(&calibrate(&chats).ok()).unwrap();
+    let points = found["points"].as_array().unwrap();
+    for policy in ["cut", "neurons", "stand-in", "ffn-skip"] {
+        assert!(
+            points.iter().any(|p| p["policy"] == policy && p["bytes"].as_f64() > Some(0.01)),
+            "{points:?}"
+        );
+    }
+    assert!(at("m.skip.gguf").is_file());
+
+    let run = ["run", "-m", &model, "--raw", "-n", "40", "--ignore-eos", "--skip-warmup", "0", "Once"];
+    let outcome = skiff(&[&run[..], &["--skip", "stand-in", "--skip-ratio", "0.3"]].concat());
+    assert_eq!(outcome.code, Some(0), "{outcome:?}");
+    assert!(
+        outcome.stderr.contains("(--skip stand-in)") && !outcome.stderr.contains(" 0.0 %"),
+        "{outcome:?}"
+    );
+    let error = skiff(&[&run[..], &["--skip", "stand-in", "--skip-ratio", "0.99"]].concat()).error(2);
+    assert!(error.contains("0.99") && error.contains("at most"), "{error}");
 }
 
 #[cfg(unix)]
