@@ -26,7 +26,8 @@ Examples:
   skiff run --skip auto \"Why is the sky blue?\"
 
 The first windows of the (first) text are held out: quality is measured on them, everything else learnt from the rest.
-Give texts like those that the model will meet: stand-ins learn from them where they are good enough. The file is found again beside the model (model.skip.gguf for model.gguf) and fits that model only.";
+Give texts like those that the model will meet: stand-ins know no others. The file is found again beside the model
+(model.skip.gguf for model.gguf) and fits that model only.";
 
 /// Learn from a text what can be skipped in a model
 #[derive(Args)]

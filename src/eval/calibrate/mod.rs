@@ -218,21 +218,23 @@ fn stand_ins(
 
 /// The text that is held out, and the windows to learn from: those of the texts in turn.
 fn divided<'t>(texts: &'t [Vec<u32>], options: &CalibrateOptions) -> Result<(&'t [u32], Vec<&'t [u32]>)> {
-    let share = options.windows.max(TRIALS).div_ceil(texts.len().max(1));
     let held_out = options.quality_windows * CONTEXT;
-    let none = [Vec::new()];
-    for (i, text) in if texts.is_empty() { &none } else { texts }.iter().enumerate() {
-        let needed = share * CONTEXT + if i == 0 { held_out } else { 0 };
+    let share = options.windows.max(TRIALS).div_ceil(texts.len().max(1));
+    let too_short = |i, tokens, needed| Err(CalibrateError::TooShort { text: i + 1, tokens, needed });
+    let Some(first) = texts.first().filter(|_| options.windows > 0) else {
+        return too_short(0, 0, held_out + share * CONTEXT);
+    };
+    let mut windows = Vec::new();
+    for (i, text) in texts.iter().enumerate() {
+        let from = if i == 0 { held_out } else { 0 };
+        let needed = from + share * CONTEXT;
         if text.len() < needed {
-            return Err(CalibrateError::TooShort { text: i + 1, tokens: text.len(), needed });
+            return too_short(i, text.len(), needed);
         }
+        windows.push(spread(&text[from..], share));
     }
-    let first = texts.first().map_or(&[][..], |text| text);
-    let (held_out, first) = first.split_at(held_out);
-    let rest = texts.iter().skip(1).map(|text| &text[..]);
-    let windows: Vec<_> = std::iter::once(first).chain(rest).map(|text| spread(text, share)).collect();
     let in_turn = (0..share).flat_map(|i| windows.iter().map(move |of_text| of_text[i]));
-    Ok((held_out, in_turn.take(options.windows).collect()))
+    Ok((&first[..held_out], in_turn.take(options.windows).collect()))
 }
 
 /// `n` windows of `text`, evenly spread.
