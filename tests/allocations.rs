@@ -11,7 +11,7 @@ use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{ColumnForms, FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
-use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, StandingIn};
+use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, Uniform};
 use skiff::threads::Team;
 
 /// Allocations and growths of all threads, so far.
@@ -116,7 +116,7 @@ fn decoding_allocates_nothing() {
                     let skip = FfnSkip::new(0.5, 1, 10, (0, WIDE.layers));
                     let cut = CutAll(Cut::Columns { inputs: 0.3, inner: 0.1 });
                     let neurons = CutAll(Cut::Neurons { gate: 0.1, inner: 0.1 });
-                    let stand_in = StandingIn::new(0.0, 0, 0..WIDE.layers);
+                    let stand_in = Uniform::stand_ins(0.0, 0, 0..WIDE.layers);
                     let policies: [Box<dyn SkipPolicy>; 5] = [
                         Box::new(Never),
                         Box::new(skip),

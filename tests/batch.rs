@@ -9,7 +9,7 @@ use skiff::model::{Buffers, FfnStep, KvType, Model, ModelError, Part, Products, 
 use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::sampler::{Sampler, SamplerOptions, StopMatcher};
 use skiff::session::{Batch, End, Engine, Sampling, Session, SessionOptions};
-use skiff::skip::{FfnSkip, Never, Random, ShortGpt, SkipOptions, SkipPolicy, StandingIn};
+use skiff::skip::{FfnSkip, Never, Random, ShortGpt, SkipOptions, SkipPolicy, Uniform};
 use skiff::threads::Team;
 
 const CONTEXT: usize = 96;
@@ -24,7 +24,7 @@ fn policy(i: usize) -> Box<dyn SkipPolicy> {
         0 => Box::new(Never),
         1 => Box::new(FfnSkip::new(0.3, 1, 1, (0, WIDE.layers))),
         2 => Box::new(Random::new(0.5, i as u64, 0, 0..WIDE.layers)),
-        3 => Box::new(StandingIn::new(0.0, 0, 0..WIDE.layers)),
+        3 => Box::new(Uniform::stand_ins(0.0, 0, 0..WIDE.layers)),
         _ => Box::new(ShortGpt::new(&[1], WIDE.layers, 2)),
     }
 }

@@ -11,7 +11,7 @@ use skiff::kernels::Kernels;
 use skiff::model::{ColumnForms, FfnStep, KvType, Model, ModelError, Probe, State};
 use skiff::ops::Compute;
 use skiff::quant::Matrix;
-use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy, StandingIn};
+use skiff::skip::{Cut, CutPlan, CutSide, Decision, Depth, FfnSkip, LayerCut, Never, SkipPolicy, Uniform};
 use skiff::threads::Team;
 
 const GOVERNED: FfnStep = FfnStep::Governed { index: 0 };
@@ -708,7 +708,7 @@ fn standing_in(model: &Model, threads: usize, batch: usize, below: f32) -> (Vec<
     let tokens = ids(9, model.config().vocab);
     let team = Team::new(threads).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    let policy = Box::new(StandingIn::new(below, 0, 0..model.config().layers));
+    let policy = Box::new(Uniform::stand_ins(below, 0, 0..model.config().layers));
     let mut state = State::new(model, &team, (tokens.len(), 512), KvType::F16, policy);
     let mut logits = Vec::new();
     for tokens in tokens.chunks(batch) {
@@ -774,7 +774,7 @@ fn a_stand_in_adds_its_map_of_the_normed_stream() {
         model.prepare_stand_ins(made.clone()).unwrap();
         let team = Team::new(1).unwrap();
         let on = Compute { team: &team, kernels: best() };
-        let policy = Box::new(StandingIn::new(f32::INFINITY, 0, 0..1));
+        let policy = Box::new(Uniform::stand_ins(f32::INFINITY, 0, 0..1));
         let mut state = State::new(&model, &team, (9, 9), KvType::F32, policy);
         let seen = Arc::new(Mutex::new(LastStream::default()));
         state.set_probe(Some(Box::new(seen.clone())));

@@ -9,23 +9,23 @@
 mod baselines;
 mod built_in;
 mod cut;
-mod cutting;
 mod ffn_skip;
 mod stand_in;
 
 mod calibration;
 mod options;
 mod stats;
+mod uniform;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
 pub use built_in::BUILT_IN;
 pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point, StandInCalibration};
 pub use cut::{Cut, CutPlan, CutSide, Depth, LayerCut};
-pub use cutting::Cutting;
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
-pub use stand_in::{StandIn, StandingIn};
+pub use stand_in::StandIn;
 pub use stats::SkipStats;
+pub use uniform::Uniform;
 
 /// Whether an FFN runs for a token.
 #[derive(Clone, Copy, Debug, PartialEq)]

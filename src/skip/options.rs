@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    Calibration, Curve, CutCalibration, Cutting, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode,
-    SkipPolicy, StandingIn, Static,
+    Calibration, Curve, CutCalibration, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode, SkipPolicy,
+    Static, Uniform,
 };
 
 /// Which policy.
@@ -187,16 +187,16 @@ impl SkipOptions {
             }
             SkipMode::Cut => {
                 let threshold = self.cut_threshold(calibration, |cut| &cut.curve)?;
-                Box::new(Cutting::columns(threshold, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::columns(threshold, warm_up, self.cut_layers(layers)))
             }
             SkipMode::Neurons => {
                 let threshold = self.cut_threshold(calibration, |cut| &cut.neurons)?;
-                Box::new(Cutting::neurons(threshold, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::neurons(threshold, warm_up, self.cut_layers(layers)))
             }
             SkipMode::StandIn => {
                 let known = self.calibrated(calibration)?.stand_ins.as_ref().map(|found| &found.curve);
                 let below = self.strength(known)?;
-                Box::new(StandingIn::new(below, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::stand_ins(below, warm_up, self.cut_layers(layers)))
             }
         })
     }

@@ -10,10 +10,7 @@
 //! before anything is read: the binary logarithm of what its error would cost is close to a linear function of x
 //! (docs/skipping.md, "Stand-ins").
 
-use std::ops::Range;
-
 use super::calibration::{restored, stored, stored_type};
-use super::{Decision, SkipPolicy};
 use crate::gguf::GgmlType;
 use crate::quant::Matrix;
 
@@ -115,42 +112,6 @@ fn view(rows: usize, cols: usize, bytes: &[u8]) -> Matrix<'_> {
     Matrix::new(matrix_type(cols), rows, cols, bytes).unwrap_or_else(|error| unreachable!("{error}"))
 }
 
-/// Has stand-ins take the place of FFNs of the layers `warm`, where what that costs is foretold to be `below` a
-/// threshold (a binary logarithm), after a warm-up.
-#[derive(Clone, Debug)]
-pub struct StandingIn {
-    below: f32,
-    warm_up: usize,
-    warm: Range<usize>,
-    warming_up: bool,
-}
-
-impl StandingIn {
-    /// See the type.
-    pub fn new(below: f32, warm_up: usize, warm: Range<usize>) -> Self {
-        Self { below, warm_up, warm, warming_up: true }
-    }
-}
-
-impl SkipPolicy for StandingIn {
-    fn name(&self) -> &'static str {
-        "stand-in"
-    }
-
-    fn begin_token(&mut self, index: usize) {
-        self.warming_up = index < self.warm_up;
-    }
-
-    fn decide(&mut self, layer: usize) -> Decision {
-        let may = !self.warming_up && self.warm.contains(&layer);
-        if may { Decision::StandIn { below: self.below } } else { Decision::Run }
-    }
-
-    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
-        Box::new(self.clone())
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -170,17 +131,5 @@ mod tests {
         // Rounded once, rounded for good.
         let again = StandIn::new(&stand_in.probe, -3.0, &stand_in.base, &values(rank * n), &values(n * rank));
         assert_eq!(again, stand_in);
-    }
-
-    #[test]
-    fn decides_after_the_warm_up_and_between_cold_regions() {
-        let mut policy = StandingIn::new(-2.0, 2, 1..3);
-        let decisions = |policy: &mut StandingIn, index| {
-            policy.begin_token(index);
-            [0, 1, 2, 3].map(|layer| policy.decide(layer))
-        };
-        let may = Decision::StandIn { below: -2.0 };
-        assert_eq!(decisions(&mut policy, 1), [Decision::Run; 4]);
-        assert_eq!(decisions(&mut policy, 2), [Decision::Run, may, may, Decision::Run]);
     }
 }

@@ -19,8 +19,8 @@ use super::perplexity::{EvalError, Exact, PerplexityOptions, score_rows, with_po
 use crate::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
-    Calibration, Curve, CutCalibration, CutPlan, Cutting, FfnSkip, LayerCut, Never, Point, SkipError,
-    SkipMode, SkipOptions, SkipPolicy, StandInCalibration, StandingIn, Static,
+    Calibration, Curve, CutCalibration, CutPlan, Decision, FfnSkip, LayerCut, Never, Point, SkipError,
+    SkipMode, SkipOptions, SkipPolicy, StandInCalibration, Uniform,
 };
 use gather::{Gatherer, LayerSums, widened};
 use weigh::{Shares, gate_weights, layer_cut, trim_centres};
@@ -187,7 +187,7 @@ fn complete_cuts(
     model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
     let mut steps = Steps { done: 0, all: RATIOS.len(), progress };
     let shares = Shares::of_neurons(model, &cut.plan, layers);
-    cut.neurons = cut_curve(model, on, trials, &shares, Cutting::neurons, &mut steps)?;
+    cut.neurons = cut_curve(model, on, trials, &shares, Uniform::neurons, &mut steps)?;
     Ok(())
 }
 
@@ -206,7 +206,7 @@ fn stand_ins(
     let mut measured = Vec::new();
     for (i, &ratio) in RATIOS.iter().enumerate() {
         let below = foretold.threshold(ratio);
-        let policy = StandingIn::new(below, WARM_UP, 0..model.config().layers);
+        let policy = Uniform::stand_ins(below, WARM_UP, 0..model.config().layers);
         let trial = trials.run(model, on, Box::new(policy))?;
         // A few windows are not like all of them: theirs tell how many more or fewer there are than foretold.
         let (all, tried) = foretold.shares(below);
@@ -361,12 +361,44 @@ impl<'t> Trials<'t> {
     }
 }
 
+/// Decides about one layer, past the warm-up; all else runs.
+#[derive(Clone)]
+struct Alone {
+    layer: usize,
+    decision: Decision,
+    warming_up: bool,
+}
+
+impl Alone {
+    fn new(layer: usize, decision: Decision) -> Self {
+        Self { layer, decision, warming_up: true }
+    }
+}
+
+impl SkipPolicy for Alone {
+    fn name(&self) -> &'static str {
+        "one layer"
+    }
+
+    fn begin_token(&mut self, index: usize) {
+        self.warming_up = index < WARM_UP;
+    }
+
+    fn decide(&mut self, layer: usize) -> Decision {
+        if layer == self.layer && !self.warming_up { self.decision } else { Decision::Run }
+    }
+
+    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
+        Box::new(self.clone())
+    }
+}
+
 /// The divergence that skipping each FFN alone causes.
 fn damages(model: &Model, on: Compute<'_>, trials: &Trials<'_>, progress: Progress<'_>) -> Result<Vec<f32>> {
     let layers = model.config().layers;
     let mut damage = Vec::new();
     for layer in 0..layers {
-        let skipped = trials.run(model, on, Box::new(Static::new(&[layer], layers, WARM_UP)))?;
+        let skipped = trials.run(model, on, Box::new(Alone::new(layer, Decision::Skip)))?;
         damage.push(skipped.kl as f32);
         report(&mut *progress, Stage::Damage, layer + 1, layers)?;
     }
@@ -487,9 +519,9 @@ fn cuts(
     // The curve of `ffn-skip` was the first.
     let mut steps = Steps { done: RATIOS.len(), all: 3 * RATIOS.len(), progress };
     let shares = Shares::of_columns(model, &plan, layers);
-    let columns = cut_curve(model, on, trials, &shares, Cutting::columns, &mut steps)?;
+    let columns = cut_curve(model, on, trials, &shares, Uniform::columns, &mut steps)?;
     let shares = Shares::of_neurons(model, &plan, layers);
-    let neurons = cut_curve(model, on, trials, &shares, Cutting::neurons, &mut steps)?;
+    let neurons = cut_curve(model, on, trials, &shares, Uniform::neurons, &mut steps)?;
     Ok(CutCalibration { plan, curve: columns, neurons })
 }
 
@@ -506,7 +538,7 @@ fn cut_curve(
     on: Compute<'_>,
     trials: &Trials<'_>,
     shares: &Shares,
-    policy: fn(f32, usize, Range<usize>) -> Cutting,
+    policy: fn(f32, usize, Range<usize>) -> Uniform,
     steps: &mut Steps<'_>,
 ) -> Result<Curve> {
     let mut measured = Vec::new();

@@ -7,41 +7,15 @@
 
 use super::gather::LayerSums;
 use super::weigh::{column_bytes, scores, trim_centres};
-use super::{Progress, Result, Stage, TRIM_ROUNDS, Trials, WARM_UP, report};
+use super::{Alone, Progress, Result, Stage, TRIM_ROUNDS, Trials, report};
 use crate::model::{ColumnForms, Model};
 use crate::ops::Compute;
-use crate::skip::{Cut, CutPlan, CutSide, Decision, Depth, LayerCut, SkipPolicy};
+use crate::skip::{Cut, CutPlan, CutSide, Decision, Depth, LayerCut};
 
 /// Share of a side's entries that is left out: a divergence well above that of rounding.
 const SHARE: f64 = 0.65;
 /// Least share of a divergence that is taken to be the cut's, not that of rounding.
 const LEAST: f64 = 0.1;
-
-/// Cuts one layer only.
-#[derive(Clone)]
-struct Alone {
-    layer: usize,
-    cut: Cut,
-    warming_up: bool,
-}
-
-impl SkipPolicy for Alone {
-    fn name(&self) -> &'static str {
-        "cut alone"
-    }
-
-    fn begin_token(&mut self, index: usize) {
-        self.warming_up = index < WARM_UP;
-    }
-
-    fn decide(&mut self, layer: usize) -> Decision {
-        if layer == self.layer && !self.warming_up { Decision::Cut(self.cut) } else { Decision::Run }
-    }
-
-    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
-        Box::new(self.clone())
-    }
-}
 
 /// Multiplies the weights of each side of `cuts` with the root of what a squared error in their units costs.
 pub(super) fn weigh(
@@ -65,7 +39,7 @@ pub(super) fn weigh(
     let model = &*model;
     let run = |layer, inputs, inner| {
         let cut = Cut::Columns { inputs, inner };
-        trials.run(model, on, Box::new(Alone { layer, cut, warming_up: true })).map(|trial| trial.kl)
+        trials.run(model, on, Box::new(Alone::new(layer, Decision::Cut(cut)))).map(|trial| trial.kl)
     };
     // What rounding alone makes of a vector with another centre.
     let floor = run(0, 0.0, 0.0)?;

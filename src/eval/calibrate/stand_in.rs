@@ -7,11 +7,11 @@
 
 use super::gather::{LayerSums, widened};
 use super::linear::{Ridge, centre, cross, dots, leading, means, product};
-use super::{Progress, Result, Stage, Trials, WARM_UP, report};
+use super::{Alone, Progress, Result, Stage, Trials, report};
 use crate::kernels::Kernels;
 use crate::model::Model;
 use crate::ops::Compute;
-use crate::skip::{Decision, SkipPolicy, StandIn};
+use crate::skip::{Decision, StandIn};
 
 /// Rank for each neuron of an FFN, and the largest: a stand-in has a few per cent of an FFN's bytes.
 const RANK_SHARE: f64 = 1.0 / 16.0;
@@ -59,7 +59,8 @@ pub(super) fn learn(
     model.prepare_stand_ins(maps.iter().map(Map::rounded).collect())?;
     let mut costs = Vec::new();
     for (layer, map) in maps.iter().enumerate() {
-        let trial = trials.run(model, on, Box::new(Alone { layer, warming_up: true }))?;
+        let always = Decision::StandIn { below: f32::INFINITY };
+        let trial = trials.run(model, on, Box::new(Alone::new(layer, always)))?;
         costs.push((trial.kl.max(1e-6) as f32 / map.error.max(LEAST_ERROR)).log2());
         report(&mut *progress, Stage::StandIns, n + layer + 1, all)?;
     }
@@ -210,32 +211,6 @@ fn foretell(kernels: Kernels, mut x: Vec<f32>, mean: &[f32], targets: &[f32]) ->
     let foretold = x.chunks_exact(d).map(|x| kernels.dot_f32(x, &probe) + level).collect();
     let bias = level - kernels.dot_f32(&probe, mean) - kernels.dot_f32(&probe, &more);
     (probe, bias, foretold)
-}
-
-/// One layer's stand-in takes the FFN's place for every token.
-#[derive(Clone)]
-struct Alone {
-    layer: usize,
-    warming_up: bool,
-}
-
-impl SkipPolicy for Alone {
-    fn name(&self) -> &'static str {
-        "stand-in alone"
-    }
-
-    fn begin_token(&mut self, index: usize) {
-        self.warming_up = index < WARM_UP;
-    }
-
-    fn decide(&mut self, layer: usize) -> Decision {
-        let stands_in = layer == self.layer && !self.warming_up;
-        if stands_in { Decision::StandIn { below: f32::INFINITY } } else { Decision::Run }
-    }
-
-    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
-        Box::new(self.clone())
-    }
 }
 
 #[cfg(test)]
