@@ -188,18 +188,22 @@ impl Buffers {
             let decision = policy.decide(layer);
             let stats = &mut parts[part].sequence.stats;
             match decision {
-                Decision::Skip => stats.skipped(layer, 1),
-                _ => stats.ran(layer, 1),
-            }
-            match decision {
-                Decision::Skip => {}
+                Decision::Skip => {
+                    stats.skipped(layer, 1);
+                    continue;
+                }
+                // Counted once the probe has told.
+                Decision::StandIn { below } if can_stand_in => {
+                    self.may_stand_in.push((row, below));
+                    continue;
+                }
                 Decision::Cut(cut) if can_cut => {
                     self.cut_rows.push(row);
                     self.cuts.push(cut);
                 }
-                Decision::StandIn { below } if can_stand_in => self.may_stand_in.push((row, below)),
                 Decision::Run | Decision::Cut(_) | Decision::StandIn { .. } => self.active.push(row),
             }
+            stats.ran(layer, 1);
         }
     }
 }

@@ -73,7 +73,14 @@ impl Model {
         for (&(row, below), cost) in s.may_stand_in.iter().zip(foretold) {
             // A NaN compares false: a broken stream is never a reason to skip.
             let good = f32::from_bits(cost.load(Ordering::Relaxed)) < below;
-            if good { &mut *rows } else { &mut s.active }.push(row);
+            let stats = &mut parts[s.owners[row].part].sequence.stats;
+            if good {
+                stats.stood_in(index, stand_in.bytes() as i64);
+                rows.push(row);
+            } else {
+                stats.ran(index, 1);
+                s.active.push(row);
+            }
         }
         // Rows that are all active are taken to be in order.
         s.active.sort_unstable();
@@ -90,10 +97,6 @@ impl Model {
         let out = &mut s.ffn_out[..n * c.embedding];
         matmul(on, &[stand_in.wide()], narrow, Epilogue::Bias(&stand_in.base), out, &mut s.matmul);
         add_rows(&mut s.x, rows, out, c.embedding);
-        for &row in &*rows {
-            let stats = &mut parts[s.owners[row].part].sequence.stats;
-            stats.stood_in(index, stand_in.bytes() as i64);
-        }
         false
     }
 }

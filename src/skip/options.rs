@@ -187,23 +187,23 @@ impl SkipOptions {
             }
             SkipMode::Cut => {
                 let threshold = self.cut_threshold(calibration, |cut| &cut.curve)?;
-                Box::new(Uniform::columns(threshold, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::columns(threshold, warm_up, self.layers_but_cold(layers)))
             }
             SkipMode::Neurons => {
                 let threshold = self.cut_threshold(calibration, |cut| &cut.neurons)?;
-                Box::new(Uniform::neurons(threshold, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::neurons(threshold, warm_up, self.layers_but_cold(layers)))
             }
             SkipMode::StandIn => {
                 let known = self.calibrated(calibration)?.stand_ins.as_ref().map(|found| &found.curve);
                 let below = self.strength(known)?;
-                Box::new(Uniform::stand_ins(below, warm_up, self.cut_layers(layers)))
+                Box::new(Uniform::stand_ins(below, warm_up, self.layers_but_cold(layers)))
             }
         })
     }
 
-    /// The plan knows which layers cannot be cut, and a stand-in what it costs; the cold regions are those of blocks that are
-    /// skipped without.
-    fn cut_layers(&self, layers: usize) -> Range<usize> {
+    /// Where cuts and stand-ins may be: everywhere, unless cold regions were asked for. A plan knows which layers cannot be cut, and
+    /// a probe what a stand-in costs; the calibrated regions are those of blocks that are skipped without.
+    fn layers_but_cold(&self, layers: usize) -> Range<usize> {
         let (start, end) = self.cold.unwrap_or((0, layers));
         start..end
     }

@@ -33,10 +33,9 @@ impl SkipStats {
         self.layers[layer].skipped += rows;
     }
 
-    /// An FFN that was said to have [`ran`](Self::ran) for a token had something of `bytes` weight bytes in its place.
+    /// An FFN was skipped for a token that read `bytes` weight bytes of something in its place.
     pub fn stood_in(&mut self, layer: usize, bytes: i64) {
         let layer = &mut self.layers[layer];
-        layer.ran -= 1;
         layer.skipped += 1;
         layer.unread -= bytes;
     }
@@ -153,7 +152,7 @@ mod tests {
         assert_eq!(stats.weighted_share_by_layer(|layer| [1, 3][layer]), [2.0 / 3.0, 1.0]);
         // An FFN of ten bytes had one of two in its place.
         let mut stats = SkipStats::new(1);
-        stats.ran(0, 4);
+        stats.ran(0, 3);
         stats.stood_in(0, 2);
         assert_eq!((stats.share(), stats.weighted_share(|_| 10)), (0.25, 0.2));
     }

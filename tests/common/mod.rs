@@ -1,6 +1,7 @@
 //! What several test files share.
 #![allow(dead_code)] // no test file uses all of it
 
+pub mod evaluate;
 pub mod models;
 
 use std::path::PathBuf;
