@@ -70,7 +70,8 @@ fn forced(percent: usize) -> Box<dyn SkipPolicy> {
 
 /// Stand-ins for `percent` of the FFNs; the probes of all are asked.
 fn standing_in(percent: usize) -> Box<dyn SkipPolicy> {
-    let [taken, otherwise] = [f32::INFINITY, f32::NEG_INFINITY].map(|below| Decision::StandIn { below });
+    let [taken, otherwise] =
+        [f32::INFINITY, f32::NEG_INFINITY].map(|below| Decision::StandIn { below, otherwise: None });
     Box::new(Forced { percent, decisions: 0, taken, otherwise })
 }
 

@@ -117,12 +117,14 @@ fn decoding_allocates_nothing() {
                     let cut = CutAll(Cut::Columns { inputs: 0.3, inner: 0.1 });
                     let neurons = CutAll(Cut::Neurons { gate: 0.1, inner: 0.1 });
                     let stand_in = Uniform::stand_ins(0.0, 0, 0..WIDE.layers);
-                    let policies: [Box<dyn SkipPolicy>; 5] = [
+                    let mixed = Uniform::mixed(0.0, 0.3, 0, 0..WIDE.layers);
+                    let policies: [Box<dyn SkipPolicy>; 6] = [
                         Box::new(Never),
                         Box::new(skip),
                         Box::new(cut),
                         Box::new(neurons),
                         Box::new(stand_in),
+                        Box::new(mixed),
                     ];
                     for policy in policies {
                         let (name, on) = (policy.name(), Compute { team: &team, kernels });

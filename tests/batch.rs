@@ -5,11 +5,13 @@ mod common;
 use common::models::{ModelFile, WIDE, stand_ins};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
-use skiff::model::{Buffers, FfnStep, KvType, Model, ModelError, Part, Products, Sequence, State};
+use skiff::model::{
+    Buffers, ColumnForms, FfnStep, KvType, Model, ModelError, Part, Products, Sequence, State,
+};
 use skiff::ops::{Compute, GEMM_ROWS};
 use skiff::sampler::{Sampler, SamplerOptions, StopMatcher};
 use skiff::session::{Batch, End, Engine, Sampling, Session, SessionOptions};
-use skiff::skip::{FfnSkip, Never, Random, ShortGpt, SkipOptions, SkipPolicy, Uniform};
+use skiff::skip::{CutPlan, FfnSkip, LayerCut, Never, Random, ShortGpt, SkipOptions, SkipPolicy, Uniform};
 use skiff::threads::Team;
 
 const CONTEXT: usize = 96;
@@ -20,11 +22,12 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 /// A policy of each kind, one after the other.
 fn policy(i: usize) -> Box<dyn SkipPolicy> {
-    match i % 5 {
+    match i % 6 {
         0 => Box::new(Never),
         1 => Box::new(FfnSkip::new(0.3, 1, 1, (0, WIDE.layers))),
         2 => Box::new(Random::new(0.5, i as u64, 0, 0..WIDE.layers)),
         3 => Box::new(Uniform::stand_ins(0.0, 0, 0..WIDE.layers)),
+        4 => Box::new(Uniform::mixed(0.0, 0.3, 0, 0..WIDE.layers)),
         _ => Box::new(ShortGpt::new(&[1], WIDE.layers, 2)),
     }
 }
@@ -33,6 +36,11 @@ fn policy(i: usize) -> Box<dyn SkipPolicy> {
 fn model(ty: GgmlType) -> Model {
     let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
     model.prepare_stand_ins(stand_ins(WIDE, 0.05)).unwrap();
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
+    let team = Team::new(1).unwrap();
+    let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
+    // By rows: columns are for one row alone, and round differently.
+    model.prepare_cuts(on, plan, ColumnForms::None, |_, _| {}).unwrap();
     model
 }
 
@@ -104,9 +112,11 @@ fn up_to_16_sequences_give_bit_by_bit_what_each_gives_alone() {
             let all: Vec<usize> = (0..GEMM_ROWS - 1).collect();
             let want: Vec<_> = all.iter().map(|&i| alone(&model, kv, i)).collect();
             assert!(want.iter().any(|(_, share)| *share > 0.1), "some skip");
-            let two = [3, 5];
+            let (two, both, three) = ([3, 6], [4, 6], [3, 4, 6]);
             // Some of all kinds, and two of which both or one run an FFN.
-            for (threads, which) in [(1, &all[..]), (3, &all[..]), (1, &all[3..9]), (1, &two)] {
+            for (threads, which) in
+                [(1, &all[..]), (3, &all[..]), (1, &all[3..9]), (1, &two), (1, &both), (1, &three)]
+            {
                 let (logits, shares) = together(&model, kv, threads, Products::Fastest, which);
                 for ((got, share), &i) in logits.iter().zip(shares).zip(which) {
                     assert!(*got == want[i].0, "{ty} {kv:?} threads {threads}, {i} of {which:?}");

@@ -382,7 +382,7 @@ fn skip_auto_works_from_the_first_run() {
     let always = ["run", "-m", as_str(&path), "--raw", "--temp", "0", "-n", "40", "--ignore-eos"];
     let outcome = skiff(&[&always[..], &["--skip", "auto", "Once upon a time"]].concat());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
-    for policy in ["cut", "neurons", "stand-in"] {
+    for policy in ["cut", "neurons", "stand-in", "mixed"] {
         let announced = format!("skip auto: {policy} at ratio");
         let announced = outcome.stderr.lines().find(|line| line.starts_with(&announced));
         assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
@@ -423,7 +423,7 @@ fn a_calibration_is_learnt_from_texts_and_found_again() {
     assert!(error.contains("wiki.txt, short.txt: text 2 has") && error.contains("needs 512"), "{error}");
     let found: Value = serde_json::from_str(&calibrate(&chats).ok()).unwrap();
     let points = found["points"].as_array().unwrap();
-    for policy in ["cut", "neurons", "stand-in", "ffn-skip"] {
+    for policy in ["cut", "neurons", "stand-in", "mixed", "ffn-skip"] {
         assert!(
             points.iter().any(|p| p["policy"] == policy && p["bytes"].as_f64() > Some(0.01)),
             "{points:?}"

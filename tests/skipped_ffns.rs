@@ -359,11 +359,15 @@ fn plans_that_do_not_fit_are_refused() {
 
 /// Logits of nine tokens in steps of `batch`, and the shares of blocks and of bytes that were not read.
 fn standing_in(model: &Model, threads: usize, batch: usize, below: f32) -> (Vec<f32>, [f64; 2]) {
+    under(model, threads, batch, Uniform::stand_ins(below, 0, 0..model.config().layers))
+}
+
+/// The same under any policy.
+fn under(model: &Model, threads: usize, batch: usize, policy: Uniform) -> (Vec<f32>, [f64; 2]) {
     let tokens = ids(9, model.config().vocab);
     let team = Team::new(threads).unwrap();
     let on = Compute { team: &team, kernels: best() };
-    let policy = Box::new(Uniform::stand_ins(below, 0, 0..model.config().layers));
-    let mut state = State::new(model, &team, (tokens.len(), 512), KvType::F16, policy);
+    let mut state = State::new(model, &team, (tokens.len(), 512), KvType::F16, Box::new(policy));
     let mut logits = Vec::new();
     for tokens in tokens.chunks(batch) {
         logits.extend(step(model, on, &mut state, tokens, GOVERNED));
@@ -403,6 +407,31 @@ fn some_rows_of_a_step_have_stand_ins_and_others_do_not() {
         assert_eq!(counted, shares);
     }
     assert_eq!(bits(&standing_in(&model, 3, 1, 0.0).0), bits(&one_by_one), "threads");
+}
+
+#[test]
+fn where_no_stand_in_is_cheap_enough_columns_are_left_out() {
+    let mut model = with_stand_ins(0.05);
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
+    let team = Team::new(1).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    for forms in [ColumnForms::None, ColumnForms::All] {
+        model.prepare_cuts(on, plan.clone(), forms, |_, _| {}).unwrap();
+        for batch in [1, 3, 9] {
+            let mixed = |below| under(&model, 2, batch, Uniform::mixed(below, 0.3, 0, 0..WIDE.layers));
+            let columns = under(&model, 2, batch, Uniform::columns(0.3, 0, 0..WIDE.layers));
+            let (never, shares) = mixed(f32::NEG_INFINITY);
+            assert_eq!((bits(&never), shares), (bits(&columns.0), columns.1), "{batch}");
+            assert_eq!((columns.1[0], columns.1[1] > 0.05), (0.0, true), "{columns:?}");
+            let (always, shares) = mixed(f32::INFINITY);
+            let stand_ins = standing_in(&model, 2, batch, f32::INFINITY);
+            assert_eq!((bits(&always), shares), (bits(&stand_ins.0), stand_ins.1), "{batch}");
+            // As many stand-ins as without cuts, or nearly: the stream is another. And more that is not read.
+            let (_, [blocks, bytes]) = mixed(0.0);
+            let (_, [without, fewer]) = standing_in(&model, 2, batch, 0.0);
+            assert!(blocks > 0.1 && (blocks - without).abs() < 0.25 && bytes > fewer, "{blocks} {without}");
+        }
+    }
 }
 
 /// The stream behind the last layer, by rows.

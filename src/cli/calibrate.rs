@@ -86,9 +86,9 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
         if now != Some(stage) {
             now = Some(stage);
             bar.reset();
-            bar.set_length(all as u64);
             bar.set_message(in_words(stage));
         }
+        bar.set_length(all as u64);
         bar.set_position(done as u64);
         !listener.raised()
     };

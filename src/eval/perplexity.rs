@@ -94,21 +94,10 @@ pub fn perplexity(
     engine: &Engine,
     tokens: &[u32],
     options: &PerplexityOptions,
-    progress: impl FnMut(usize, usize, f64) -> bool,
-) -> Result<PerplexityReport, EvalError> {
-    let policy = engine.model().policy(&options.skip).map_err(ModelError::from)?;
-    with_policy(engine.model(), engine.compute(), tokens, options, policy, progress)
-}
-
-/// [`perplexity`] under `policy`, whatever the options say about skipping.
-pub fn with_policy(
-    model: &Model,
-    on: Compute<'_>,
-    tokens: &[u32],
-    options: &PerplexityOptions,
-    policy: Box<dyn SkipPolicy>,
     mut progress: impl FnMut(usize, usize, f64) -> bool,
 ) -> Result<PerplexityReport, EvalError> {
+    let (model, on) = (engine.model(), engine.compute());
+    let policy = model.policy(&options.skip).map_err(ModelError::from)?;
     let run = Run::new(model, on, tokens, options)?;
     let mut sums = Sums::default();
     let mut test = run.state(policy);

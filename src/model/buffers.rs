@@ -60,8 +60,8 @@ pub struct Buffers {
     pub(super) cuts: Vec<Cut>,
     /// Empty for models without a cut plan.
     pub(super) cut: CutScratch,
-    /// Rows whose FFN a stand-in may take the place of, and what that may cost.
-    pub(super) may_stand_in: Vec<(usize, f32)>,
+    /// Rows whose FFN a stand-in may take the place of, what that may cost, and the cut of those where it costs more.
+    pub(super) may_stand_in: Vec<(usize, f32, Option<Cut>)>,
     /// Empty for models without stand-ins.
     pub(super) stand_in: StandInScratch,
     pub(super) matmul: Vec<MatmulScratch>,
@@ -167,6 +167,16 @@ impl Buffers {
         }
     }
 
+    /// Adds a row whose FFN runs, with a cut or in full. Rows are in order: where all of a step run, they are taken to be.
+    pub(super) fn run_row(&mut self, row: usize, cut: Option<Cut>) {
+        let rows = if cut.is_some() { &mut self.cut_rows } else { &mut self.active };
+        let at = rows.partition_point(|&other| other < row);
+        rows.insert(at, row);
+        if let Some(cut) = cut {
+            self.cuts.insert(at, cut);
+        }
+    }
+
     /// Sorts the rows that run the layer by what happens to their FFN; `can_cut`: the layer is in the cut plan, `can_stand_in`:
     /// it has a stand-in.
     pub(super) fn choose_rows(
@@ -193,11 +203,11 @@ impl Buffers {
                     continue;
                 }
                 // Counted once the probe has told.
-                Decision::StandIn { below } if can_stand_in => {
-                    self.may_stand_in.push((row, below));
+                Decision::StandIn { below, otherwise } if can_stand_in => {
+                    self.may_stand_in.push((row, below, otherwise.filter(|_| can_cut)));
                     continue;
                 }
-                Decision::Cut(cut) if can_cut => {
+                Decision::Cut(cut) | Decision::StandIn { otherwise: Some(cut), .. } if can_cut => {
                     self.cut_rows.push(row);
                     self.cuts.push(cut);
                 }

@@ -175,7 +175,8 @@ impl Model {
     }
 
     fn prepare_stand_ins_for(&mut self, options: &SkipOptions) -> Result<(), ModelError> {
-        let needed = options.resolved(self.calibration())?.mode == SkipMode::StandIn;
+        let needed =
+            matches!(options.resolved(self.calibration())?.mode, SkipMode::StandIn | SkipMode::Mixed);
         match self.calibration().and_then(|c| c.stand_ins.as_ref()) {
             Some(found) if needed && self.stand_ins.is_empty() => {
                 self.prepare_stand_ins(found.layers.clone())
@@ -187,7 +188,7 @@ impl Model {
     /// `None`: no cuts at all.
     fn needed_columns(&self, options: &SkipOptions) -> Result<Option<ColumnForms>, ModelError> {
         Ok(match options.resolved(self.calibration())?.mode {
-            SkipMode::Cut => Some(ColumnForms::All),
+            SkipMode::Cut | SkipMode::Mixed => Some(ColumnForms::All),
             SkipMode::Neurons => Some(ColumnForms::Down),
             _ => None,
         })

@@ -50,7 +50,7 @@ impl Model {
     }
 
     /// `x += base + W_wide (W_narrow norm(x))`, for those of the rows that may whose probe tells that it is good enough; the
-    /// others join the active rows. Whether `normed` holds the active rows, and no others, afterwards.
+    /// others join those that run, in full or cut. Whether `normed` holds the active rows, and no others, afterwards.
     pub(super) fn ffn_stand_in(
         &self,
         on: Compute<'_>,
@@ -64,28 +64,28 @@ impl Model {
         let was_active = s.active.len();
         let (foretold, rows) = (&s.stand_in.foretold, &mut s.stand_in.rows);
         rows.clear();
-        rows.extend(s.may_stand_in.iter().map(|&(row, _)| row));
+        rows.extend(s.may_stand_in.iter().map(|&(row, ..)| row));
         rms_norm_then(on, &s.x, rows, norm, c.norm_eps, &mut s.normed, |i, x| {
             let cost = on.kernels.dot_f32(&stand_in.probe, x) + stand_in.bias;
             foretold[i].store(cost.to_bits(), Ordering::Relaxed);
         });
         rows.clear();
-        for (&(row, below), cost) in s.may_stand_in.iter().zip(foretold) {
+        for i in 0..s.may_stand_in.len() {
+            let (row, below, otherwise) = s.may_stand_in[i];
             // A NaN compares false: a broken stream is never a reason to skip.
-            let good = f32::from_bits(cost.load(Ordering::Relaxed)) < below;
+            let good = f32::from_bits(s.stand_in.foretold[i].load(Ordering::Relaxed)) < below;
             let stats = &mut parts[s.owners[row].part].sequence.stats;
             if good {
                 stats.stood_in(index, stand_in.bytes() as i64);
-                rows.push(row);
+                s.stand_in.rows.push(row);
             } else {
                 stats.ran(index, 1);
-                s.active.push(row);
+                s.run_row(row, otherwise);
             }
         }
-        // Rows that are all active are taken to be in order.
-        s.active.sort_unstable();
+        let rows = &s.stand_in.rows;
         if rows.is_empty() {
-            return was_active == 0;
+            return was_active == 0 && s.active.len() == s.may_stand_in.len();
         }
         if rows.len() < s.may_stand_in.len() {
             rms_norm(on, &s.x, rows, norm, c.norm_eps, &mut s.normed);

@@ -70,6 +70,22 @@ pub struct StandInCalibration {
     pub curve: Curve,
 }
 
+/// When stand-ins go before cuts, where both may be.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MixedCalibration {
+    /// Threshold of stand-ins, less twice the binary logarithm of that of cuts.
+    pub offset: f32,
+    /// Threshold of cuts by share of FFN weight bytes that both leave unread.
+    pub curve: Curve,
+}
+
+impl MixedCalibration {
+    /// The threshold of stand-ins that goes with one of cuts.
+    pub fn below(&self, threshold: f32) -> f32 {
+        2.0 * threshold.log2() + self.offset
+    }
+}
+
 /// The measured quality of a policy at a strength, on text that it was not calibrated on.
 #[derive(Clone, Debug, Default, PartialEq, serde::Serialize)]
 pub struct Point {
@@ -119,6 +135,8 @@ pub struct Calibration {
     pub cut: Option<CutCalibration>,
     /// What `stand-in` needs; nothing in files of older versions.
     pub stand_ins: Option<StandInCalibration>,
+    /// What `mixed` needs beside these two; nothing in files of older versions.
+    pub mixed: Option<MixedCalibration>,
     /// Measured points, in no order.
     pub points: Vec<Point>,
     /// Index of the point that `--skip auto` takes.
@@ -212,6 +230,7 @@ impl Calibration {
             ffn_skip: r.curve("skip.ffn_skip", &COSINE)?,
             cut: r.cut(facts)?,
             stand_ins: r.stand_ins(facts)?,
+            mixed: r.mixed()?,
             points,
             auto,
         })
@@ -274,6 +293,11 @@ impl Calibration {
             file.insert("skip.stand_in.bias", found.layers.iter().map(|l| l.bias).collect::<Vec<f32>>())?;
             file.insert("skip.stand_in.ratio", found.curve.ratios.clone())?;
             file.insert("skip.stand_in.strength", found.curve.strengths.clone())?;
+        }
+        if let Some(found) = &self.mixed {
+            file.insert("skip.mixed.offset", found.offset)?;
+            file.insert("skip.mixed.ratio", found.curve.ratios.clone())?;
+            file.insert("skip.mixed.strength", found.curve.strengths.clone())?;
         }
         self.write_points(file)
     }
@@ -566,6 +590,19 @@ impl Reader<'_> {
         });
         let layers = layers.collect::<Result<_>>()?;
         Ok(Some(StandInCalibration { layers, curve: self.curve("skip.stand_in", &FINITE)? }))
+    }
+
+    fn mixed(&self) -> Result<Option<MixedCalibration>> {
+        let key = "skip.mixed.offset";
+        match self.metadata.opt_f32(key)? {
+            Some(offset) if offset.is_finite() => {
+                Ok(Some(MixedCalibration { offset, curve: self.curve("skip.mixed", &POSITIVE)? }))
+            }
+            Some(found) => {
+                Err(CalibrationError::Value { key: key.into(), index: 0, found, expected: FINITE.0 })
+            }
+            None => Ok(None),
+        }
     }
 
     fn points(&self) -> Result<Vec<Point>> {

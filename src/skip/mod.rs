@@ -19,7 +19,9 @@ mod uniform;
 
 pub use baselines::{Random, ShortGpt, SkipDecode, Static};
 pub use built_in::BUILT_IN;
-pub use calibration::{Calibration, CalibrationError, Curve, CutCalibration, Point, StandInCalibration};
+pub use calibration::{
+    Calibration, CalibrationError, Curve, CutCalibration, MixedCalibration, Point, StandInCalibration,
+};
 pub use cut::{Cut, CutPlan, CutSide, Depth, LayerCut};
 pub use ffn_skip::FfnSkip;
 pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
@@ -37,11 +39,12 @@ pub enum Decision {
     /// Without the inputs and neurons below these thresholds, in layers that the model's [`CutPlan`] has;
     /// in others as [`Run`](Self::Run).
     Cut(Cut),
-    /// Not at all, its [`StandIn`] in its place, if what that costs is foretold to be below this threshold; else, or in a model
-    /// that has none, as [`Run`](Self::Run).
+    /// Not at all, its [`StandIn`] in its place, if what that costs is foretold to be below a threshold and the model has one.
     StandIn {
-        /// A binary logarithm.
+        /// The threshold, a binary logarithm.
         below: f32,
+        /// Else as [`Cut`](Self::Cut), or as [`Run`](Self::Run).
+        otherwise: Option<Cut>,
     },
 }
 

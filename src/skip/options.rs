@@ -31,6 +31,8 @@ pub enum SkipMode {
     Neurons,
     /// FFNs whose stand-in is foretold to be good enough.
     StandIn,
+    /// The same, and columns of the others.
+    Mixed,
 }
 
 /// A policy and its parameters. `None`: the default for the model.
@@ -105,7 +107,7 @@ pub enum SkipError {
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 10] = [
+    const NAMES: [(&'static str, Self); 11] = [
         ("off", Self::Off),
         ("auto", Self::Auto),
         ("ffn-skip", Self::FfnSkip),
@@ -116,6 +118,7 @@ impl SkipMode {
         ("cut", Self::Cut),
         ("neurons", Self::Neurons),
         ("stand-in", Self::StandIn),
+        ("mixed", Self::Mixed),
     ];
 
     /// The name of every mode, as `--skip` takes it.
@@ -139,7 +142,7 @@ impl SkipMode {
 
     /// Whether there is no policy of this mode without a calibration, whatever the parameters.
     pub fn needs_calibration(self) -> bool {
-        matches!(self, Self::Auto | Self::Static | Self::ShortGpt | Self::Cut | Self::Neurons | Self::StandIn)
+        !matches!(self, Self::Off | Self::FfnSkip | Self::Random | Self::SkipDecode)
     }
 }
 
@@ -197,6 +200,13 @@ impl SkipOptions {
                 let known = self.calibrated(calibration)?.stand_ins.as_ref().map(|found| &found.curve);
                 let below = self.strength(known)?;
                 Box::new(Uniform::stand_ins(below, warm_up, self.layers_but_cold(layers)))
+            }
+            SkipMode::Mixed => {
+                let known = self.calibrated(calibration)?;
+                let known = known.mixed.as_ref().filter(|_| known.cut.is_some() && known.stand_ins.is_some());
+                let threshold = self.strength(known.map(|found| &found.curve))?;
+                let below = known.map_or(f32::NEG_INFINITY, |found| found.below(threshold));
+                Box::new(Uniform::mixed(below, threshold, warm_up, self.layers_but_cold(layers)))
             }
         })
     }

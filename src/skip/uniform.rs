@@ -1,4 +1,4 @@
-//! The same decision about every FFN, after a warm-up: `cut`, `neurons` and `stand-in`. What a token is spared, the layers
+//! The same decision about every FFN, after a warm-up: `cut`, `neurons`, `stand-in` and `mixed`. What a token is spared, the layers
 //! then find out from its normed stream.
 
 use std::ops::Range;
@@ -36,7 +36,13 @@ impl Uniform {
     /// Has stand-ins take the place of the FFNs of the layers `warm` where what that costs is foretold to be `below` a
     /// threshold, a binary logarithm.
     pub fn stand_ins(below: f32, warm_up: usize, warm: Range<usize>) -> Self {
-        Self::new("stand-in", Decision::StandIn { below }, warm_up, warm)
+        Self::new("stand-in", Decision::StandIn { below, otherwise: None }, warm_up, warm)
+    }
+
+    /// [`stand_ins`](Self::stand_ins), and [`columns`](Self::columns) where none is cheap enough.
+    pub fn mixed(below: f32, threshold: f32, warm_up: usize, warm: Range<usize>) -> Self {
+        let cut = Cut::Columns { inputs: threshold, inner: threshold };
+        Self::new("mixed", Decision::StandIn { below, otherwise: Some(cut) }, warm_up, warm)
     }
 }
 
@@ -65,10 +71,13 @@ mod tests {
     #[test]
     fn decides_after_the_warm_up_and_between_cold_regions() {
         let cut = Decision::Cut(Cut::Columns { inputs: 0.5, inner: 0.5 });
-        let stand_in = Decision::StandIn { below: -2.0 };
+        let stand_in = Decision::StandIn { below: -2.0, otherwise: None };
+        let otherwise = Some(Cut::Columns { inputs: 0.5, inner: 0.5 });
+        let both = Decision::StandIn { below: -2.0, otherwise };
         let policies = [
             ("cut", Uniform::columns(0.5, 2, 1..3), cut),
             ("stand-in", Uniform::stand_ins(-2.0, 2, 1..3), stand_in),
+            ("mixed", Uniform::mixed(-2.0, 0.5, 2, 1..3), both),
         ];
         for (name, mut policy, taken) in policies {
             assert_eq!(policy.name(), name);

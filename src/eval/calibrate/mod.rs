@@ -3,52 +3,42 @@
 //! The first windows of the text are held out: on them the quality of what the rest taught is measured. Six stages:
 //! the full model's activations (`gather`); what each FFN is worth, by skipping it alone; what an error of each of its
 //! sides costs, by cutting it alone (`sense`); what can take its place (`stand_in`); the strengths at which policies skip
-//! given shares; the quality of some of those settings.
+//! given shares (`mixed`: of stand-ins and cuts together); the quality of some of those settings (`quality`). What settings do
+//! to the model is measured on a few windows (`trials`).
 
 mod depth;
 mod gather;
 mod linear;
+mod mixed;
+mod quality;
 mod sense;
 mod stand_in;
+mod trials;
 mod weigh;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::perplexity::{EvalError, Exact, PerplexityOptions, score_rows, with_policy};
+use super::perplexity::{EvalError, Exact};
 use crate::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
-    Calibration, Curve, CutCalibration, CutPlan, Decision, FfnSkip, LayerCut, Never, Point, SkipError,
-    SkipMode, SkipOptions, SkipPolicy, StandInCalibration, Uniform,
+    Calibration, Curve, CutCalibration, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipError, SkipMode,
+    SkipPolicy, StandInCalibration, Uniform,
 };
 use gather::{Gatherer, LayerSums, widened};
+use quality::{POINTS, best, points, sorted};
+use trials::{Alone, COMPARED, Trials};
 use weigh::{Shares, gate_weights, layer_cut, trim_centres};
 
 /// Tokens of a window.
 const CONTEXT: usize = 512;
 /// Tokens of each window that are neither skipped nor counted: the default warm-up.
 const WARM_UP: usize = 25;
-/// Last positions of a window whose logits are compared where many settings are tried.
-const COMPARED: usize = 128;
 /// Windows on which many settings are tried.
 const TRIALS: usize = 2;
 /// Shares that the policies' strengths are found for.
 const RATIOS: [f32; 12] = [0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6];
-/// Settings whose quality is measured.
-const POINTS: [(SkipMode, &[f32]); 8] = [
-    (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
-    (SkipMode::Neurons, &[0.1, 0.15, 0.2, 0.25, 0.3]),
-    (SkipMode::StandIn, &[0.05, 0.1, 0.15, 0.2]),
-    (SkipMode::FfnSkip, &[0.1, 0.2]),
-    (SkipMode::Static, &[0.1, 0.2]),
-    (SkipMode::Random, &[0.1]),
-    (SkipMode::ShortGpt, &[0.1]),
-    (SkipMode::SkipDecode, &[0.1]),
-];
-/// The policies whose deepest setting that is good enough is looked for, and how often the interval that holds it is halved.
-const REFINED: [SkipMode; 3] = [SkipMode::Cut, SkipMode::Neurons, SkipMode::StandIn];
-const REFINEMENTS: usize = 2;
 /// Largest weight of a cut.
 const WEIGHT_SCALE: f32 = 1024.0;
 /// Share of bytes left out at which centres are taken, and how often: each time what is left out changes a little.
@@ -121,20 +111,20 @@ pub fn calibrate(
         influence: layers.iter().map(LayerSums::influence).collect(),
         ..Calibration::default()
     };
-    let trials = Trials::new(model, on, &windows[..1])?;
-    found.damage = damages(model, on, &trials, progress)?;
-    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
+    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
+    found.damage = damages(model, on, &trials.first(), progress)?;
     found.cold = cold_regions(&found.cosines, &found.damage);
     found.ffn_skip = ffn_skip_curve(model, on, &trials, &layers, found.cold, progress)?;
     found.cut = Some(cuts(model, on, &trials, (&layers, &targets), progress)?);
     found.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
+    found.mixed = mixed::learn(model, on, &trials, &found, progress)?;
     found.points = sorted(points(model, on, &found, held_out, &POINTS, progress)?);
     found.auto = best(&found.points);
     Ok(found)
 }
 
 /// Adds to a calibration of `model` what it lacks, from `texts`: what a file of an older version has not learnt about
-/// neurons or stand-ins. The rest stays. Nothing is lacking: it is given back.
+/// neurons, stand-ins, or these together with cuts. The rest stays. Nothing is lacking: it is given back.
 ///
 /// # Errors
 /// As [`calibrate`]; or it has no cuts to begin with.
@@ -150,17 +140,27 @@ pub fn complete(
     let mut lacking = Vec::new();
     lacking.extend(cut.neurons.ratios.is_empty().then_some(SkipMode::Neurons));
     lacking.extend(known.stand_ins.is_none().then_some(SkipMode::StandIn));
+    lacking.extend(known.mixed.is_none().then_some(SkipMode::Mixed));
     if lacking.is_empty() {
         return Ok(known);
     }
+    let lacks = |mode| lacking.contains(&mode);
     let (held_out, windows) = divided(texts, options)?;
-    let (layers, _) = gather(model, on, &windows, progress)?;
-    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())])?;
-    if lacking.contains(&SkipMode::Neurons) {
-        complete_cuts(model, on, &trials, &layers, cut, progress)?;
+    let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
+    if lacks(SkipMode::Neurons) || lacks(SkipMode::StandIn) {
+        let (layers, _) = gather(model, on, &windows, progress)?;
+        if lacks(SkipMode::Neurons) {
+            complete_cuts(model, on, &trials, &layers, cut, progress)?;
+        }
+        if lacks(SkipMode::StandIn) {
+            known.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
+        }
     }
-    if lacking.contains(&SkipMode::StandIn) {
-        known.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
+    if lacks(SkipMode::Mixed) {
+        model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
+        let stand_ins = known.stand_ins.iter().map(|found| found.layers.clone());
+        stand_ins.map(|layers| model.prepare_stand_ins(layers)).collect::<std::result::Result<(), _>>()?;
+        known.mixed = mixed::learn(model, on, &trials, &known, progress)?;
     }
     let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| lacking.contains(mode)).collect();
     let measured = points(model, on, &known, held_out, &lacking, progress)?;
@@ -201,7 +201,8 @@ fn stand_ins(
 ) -> Result<StandInCalibration> {
     let found = stand_in::learn(model, on, &trials.first(), layers, &mut *progress)?;
     model.prepare_stand_ins(found.clone())?;
-    let tried = trials.windows.len() as f64 / (layers[0].cosines.len() / (CONTEXT - WARM_UP)) as f64;
+    let learnt_from = layers[0].cosines.len() / (CONTEXT - WARM_UP) * CONTEXT;
+    let tried = trials.tokens() as f64 / learnt_from as f64;
     let foretold = stand_in::Foretold::of(on, layers, &found, tried);
     let mut measured = Vec::new();
     for (i, &ratio) in RATIOS.iter().enumerate() {
@@ -293,104 +294,6 @@ fn doubts_of(model: &Model, on: Compute<'_>, state: &mut State) -> Vec<f32> {
 
 fn report(progress: Progress<'_>, stage: Stage, done: usize, all: usize) -> Result<()> {
     if progress(stage, done, all) { Ok(()) } else { Err(CalibrateError::Interrupted) }
-}
-
-/// A few windows on which many settings are compared with the full model.
-struct Trials<'t> {
-    windows: Vec<&'t [u32]>,
-    /// Probabilities of the full model at the compared positions, window by window, and what else comparing takes.
-    full: Vec<(Vec<f32>, Vec<Exact>)>,
-}
-
-/// How a setting did.
-struct Trial {
-    /// Mean KL divergence from the full model, nats.
-    kl: f64,
-    /// Shares of FFN blocks skipped and of FFN bytes left unread, by tokens past the warm-up.
-    blocks: f64,
-    bytes: f64,
-}
-
-/// The tokens of a window at which a setting is compared with the full model.
-fn compared(window: &[u32]) -> &[u32] {
-    &window[CONTEXT - COMPARED..]
-}
-
-impl<'t> Trials<'t> {
-    fn new(model: &Model, on: Compute<'_>, windows: &[&'t [u32]]) -> Result<Self> {
-        let mut trials = Self { windows: windows.to_vec(), full: Vec::new() };
-        let mut state = state(model, on, Box::new(Never));
-        for window in windows {
-            let mut logits = trials.logits(model, on, &mut state, window)?;
-            let exact = Exact::of(on, &mut logits, compared(window));
-            trials.full.push((logits, exact));
-        }
-        Ok(trials)
-    }
-
-    /// The first window alone.
-    fn first(&self) -> Self {
-        Self { windows: self.windows[..1].to_vec(), full: self.full[..1].to_vec() }
-    }
-
-    /// Evaluates a window under the state's policy; the logits that foretell its [`compared`] tokens.
-    fn logits(&self, model: &Model, on: Compute<'_>, state: &mut State, window: &[u32]) -> Result<Vec<f32>> {
-        state.truncate(0);
-        model.forward(on, state, window, FfnStep::Governed { index: 0 })?;
-        let mut logits = vec![0.0; COMPARED * model.config().vocab];
-        let rows = CONTEXT - COMPARED - 1..CONTEXT - 1;
-        model.logits_of(on, state, rows, &mut logits);
-        Ok(logits)
-    }
-
-    fn run(&self, model: &Model, on: Compute<'_>, policy: Box<dyn SkipPolicy>) -> Result<Trial> {
-        let mut state = state(model, on, policy);
-        let mut kl = 0.0;
-        for (window, (full, exact)) in self.windows.iter().zip(&self.full) {
-            let mut logits = self.logits(model, on, &mut state, window)?;
-            let scores = score_rows(on, &mut logits, compared(window), Some((full, exact)));
-            kl += scores.iter().filter_map(|score| score.compared).map(|(_, kl, _)| kl).sum::<f64>();
-        }
-        let past_warm_up = CONTEXT as f64 / (CONTEXT - WARM_UP) as f64;
-        let bytes = state.stats().weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64);
-        Ok(Trial {
-            kl: kl / (self.windows.len() * COMPARED) as f64,
-            blocks: state.stats().share() * past_warm_up,
-            bytes: bytes * past_warm_up,
-        })
-    }
-}
-
-/// Decides about one layer, past the warm-up; all else runs.
-#[derive(Clone)]
-struct Alone {
-    layer: usize,
-    decision: Decision,
-    warming_up: bool,
-}
-
-impl Alone {
-    fn new(layer: usize, decision: Decision) -> Self {
-        Self { layer, decision, warming_up: true }
-    }
-}
-
-impl SkipPolicy for Alone {
-    fn name(&self) -> &'static str {
-        "one layer"
-    }
-
-    fn begin_token(&mut self, index: usize) {
-        self.warming_up = index < WARM_UP;
-    }
-
-    fn decide(&mut self, layer: usize) -> Decision {
-        if layer == self.layer && !self.warming_up { self.decision } else { Decision::Run }
-    }
-
-    fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
-        Box::new(self.clone())
-    }
 }
 
 /// The divergence that skipping each FFN alone causes.
@@ -554,102 +457,6 @@ fn cut_curve(
     Ok(curve(measured))
 }
 
-/// Measures the settings of `policies` on the held-out text.
-fn points(
-    model: &mut Model,
-    on: Compute<'_>,
-    found: &Calibration,
-    held_out: &[u32],
-    policies: &[(SkipMode, &[f32])],
-    progress: Progress<'_>,
-) -> Result<Vec<Point>> {
-    let mut points = Vec::new();
-    if held_out.is_empty() {
-        return Ok(points);
-    }
-    let settings: Vec<(SkipMode, f32)> =
-        policies.iter().flat_map(|&(mode, ratios)| ratios.iter().map(move |&r| (mode, r))).collect();
-    let refined = policies.iter().map(|policy| policy.0).filter(|mode| REFINED.contains(mode));
-    let refined: Vec<SkipMode> = refined.flat_map(|mode| [mode; REFINEMENTS]).collect();
-    let all = settings.len() + refined.len();
-    let measured = |mode: SkipMode, ratio, points: &mut Vec<Point>| -> Result<()> {
-        let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
-        match skip.policy(&model.facts(), Some(found)) {
-            Ok(policy) => points.push(point(model, on, mode, ratio, policy, held_out)?),
-            // A shallow model or a short curve does not reach every share.
-            Err(SkipError::RatioTooHigh { .. }) => {}
-            Err(error) => return Err(error.into()),
-        }
-        Ok(())
-    };
-    for (i, &(mode, ratio)) in settings.iter().enumerate() {
-        measured(mode, ratio, &mut points)?;
-        report(&mut *progress, Stage::Quality, i + 1, all)?;
-    }
-    for (i, mode) in refined.into_iter().enumerate() {
-        if let Some(ratio) = between(&points, mode) {
-            measured(mode, ratio, &mut points)?;
-        }
-        report(&mut *progress, Stage::Quality, settings.len() + i + 1, all)?;
-    }
-    Ok(points)
-}
-
-/// In the order of [`POINTS`].
-fn sorted(mut points: Vec<Point>) -> Vec<Point> {
-    points.sort_by(|a, b| order(a).cmp(&order(b)).then(a.ratio.total_cmp(&b.ratio)));
-    points
-}
-
-/// Place of a point's policy in [`POINTS`].
-fn order(point: &Point) -> Option<usize> {
-    POINTS.iter().position(|(mode, _)| mode.name() == point.policy)
-}
-
-/// The ratio midway between the deepest setting of `mode` that is good enough for `--skip auto` and the next that is not.
-fn between(points: &[Point], mode: SkipMode) -> Option<f32> {
-    let of_mode = || points.iter().filter(|p| p.policy == mode.name());
-    let deepest = of_mode().filter(|p| p.is_good()).map(|p| p.ratio).max_by(f32::total_cmp)?;
-    let next = of_mode().map(|p| p.ratio).filter(|&r| r > deepest).min_by(f32::total_cmp)?;
-    Some((deepest + next) / 2.0)
-}
-
-fn point(
-    model: &Model,
-    on: Compute<'_>,
-    mode: SkipMode,
-    ratio: f32,
-    policy: Box<dyn SkipPolicy>,
-    held_out: &[u32],
-) -> Result<Point> {
-    let options = PerplexityOptions {
-        context: CONTEXT,
-        chunks: None,
-        warm: Some(WARM_UP),
-        kv: KvType::F16,
-        skip: SkipOptions::default(),
-        kl: true,
-        logits_out: None,
-    };
-    let report = with_policy(model, on, held_out, &options, policy, |_, _, _| true)?;
-    let full = report.ppl_full.unwrap_or(report.ppl);
-    Ok(Point {
-        policy: mode.name().to_owned(),
-        ratio,
-        blocks: report.ffn_skipped as f32,
-        bytes: report.ffn_bytes_skipped.clamp(0.0, 1.0) as f32,
-        perplexity: (report.ppl / full) as f32,
-        kl: report.kl_mean.unwrap_or(0.0) as f32,
-        same_top1: report.same_top1.unwrap_or(1.0) as f32,
-    })
-}
-
-/// The point with the most bytes unread, of those that are good enough for `--skip auto`.
-fn best(points: &[Point]) -> Option<usize> {
-    let good = points.iter().enumerate().filter(|(_, p)| p.is_good());
-    good.max_by(|a, b| a.1.bytes.total_cmp(&b.1.bytes)).map(|(i, _)| i)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -709,25 +516,5 @@ mod tests {
     fn curves_rise() {
         let c = curve(vec![(0.3, 1.0), (0.1, 3.0), (0.1, 2.0), (0.0, 9.0)]);
         assert_eq!((c.ratios, c.strengths), (vec![0.1, 0.3], vec![3.0, 1.0]));
-    }
-
-    #[test]
-    fn auto_takes_the_most_of_what_is_good() {
-        let point = |bytes, kl| Point {
-            policy: "cut".into(),
-            ratio: bytes,
-            bytes,
-            perplexity: 1.01,
-            kl,
-            ..Point::default()
-        };
-        assert_eq!(best(&[point(0.1, 0.01), point(0.3, 0.039), point(0.4, 0.05)]), Some(1));
-        assert_eq!(best(&[point(0.1, 0.3)]), None);
-        assert_eq!(
-            between(&[point(0.5, 0.5), point(0.25, 0.01), point(0.75, 0.9)], SkipMode::Cut),
-            Some(0.375)
-        );
-        assert_eq!(between(&[point(0.1, 0.3)], SkipMode::Cut), None, "nothing is good");
-        assert_eq!(between(&[point(0.1, 0.01)], SkipMode::Cut), None, "nothing is bad");
     }
 }

@@ -59,7 +59,7 @@ pub(super) fn learn(
     model.prepare_stand_ins(maps.iter().map(Map::rounded).collect())?;
     let mut costs = Vec::new();
     for (layer, map) in maps.iter().enumerate() {
-        let always = Decision::StandIn { below: f32::INFINITY };
+        let always = Decision::StandIn { below: f32::INFINITY, otherwise: None };
         let trial = trials.run(model, on, Box::new(Alone::new(layer, always)))?;
         costs.push((trial.kl.max(1e-6) as f32 / map.error.max(LEAST_ERROR)).log2());
         report(&mut *progress, Stage::StandIns, n + layer + 1, all)?;
