@@ -158,8 +158,9 @@ pub fn complete(
     }
     if lacks(SkipMode::Mixed) {
         model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
-        let stand_ins = known.stand_ins.iter().map(|found| found.layers.clone());
-        stand_ins.map(|layers| model.prepare_stand_ins(layers)).collect::<std::result::Result<(), _>>()?;
+        if let Some(found) = &known.stand_ins {
+            model.prepare_stand_ins(found.layers.clone())?;
+        }
         known.mixed = mixed::learn(model, on, &trials, &known, progress)?;
     }
     let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| lacking.contains(mode)).collect();
