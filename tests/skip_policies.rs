@@ -201,6 +201,17 @@ fn points_state_the_quality_that_was_measured() {
     }
 }
 
+/// Nothing of an F16 matrix can be left unread in parts, so cuts have no shares; all else is learnt all the same.
+#[test]
+fn a_model_that_is_not_quantised_is_calibrated_for_what_it_can_skip() {
+    let shape = Shape { layers: 6, ..SHAPE };
+    let mut model = ModelFile::llama(shape, GgmlType::F16).load().unwrap();
+    let (found, _) = calibrated(&mut model, &Team::new(2).unwrap(), 1);
+    let has = |policy: &str| found.points.iter().any(|p| p.policy == policy && p.bytes > 0.0);
+    assert_eq!(["static", "stand-in", "ffn-skip"].map(has), [true; 3], "{:?}", found.points);
+    assert_eq!(["cut", "neurons", "mixed"].map(has), [false; 3], "{:?}", found.points);
+}
+
 /// The calibration as a version wrote it that did not know `policies`.
 fn without(mut found: Calibration, policies: &[&str]) -> Calibration {
     found.points.retain(|point| !policies.contains(&point.policy.as_str()));

@@ -5,6 +5,7 @@
 //! the text were being generated.
 
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use serde::Serialize;
@@ -207,6 +208,33 @@ impl<'a> Run<'a> {
         }
         Ok(())
     }
+}
+
+/// Evaluates a window from an empty cache, governed or in full. `each(position, targets, logits)` gets the logits of the `scored`
+/// positions, some at a time and counted from the first of them, and the tokens that came.
+pub(super) fn evaluate(
+    model: &Model,
+    on: Compute<'_>,
+    state: &mut State,
+    (window, scored): (&[u32], Range<usize>),
+    governed: bool,
+    mut each: impl FnMut(usize, &[u32], &mut [f32]),
+) -> Result<(), EvalError> {
+    state.truncate(0);
+    let (batch, vocab, mut logits) = (state.batch(), model.config().vocab, Vec::new());
+    for (b, tokens) in window.chunks(batch).enumerate() {
+        let begin = b * batch;
+        let step = if governed { FfnStep::Governed { index: begin } } else { FfnStep::Full };
+        model.forward(on, state, tokens, step)?;
+        let here = scored.start.max(begin)..(begin + tokens.len()).min(scored.end);
+        for from in here.clone().step_by(ROWS) {
+            let to = (from + ROWS).min(here.end);
+            logits.resize((to - from) * vocab, 0.0);
+            model.logits_of(on, state, from - begin..to - begin, &mut logits);
+            each(from - scored.start, &window[from + 1..to + 1], &mut logits);
+        }
+    }
+    Ok(())
 }
 
 /// What the full model says at a position: beside its probabilities, what comparing with them needs.

@@ -9,14 +9,12 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 
 use super::EvalError;
-use super::perplexity::{Exact, Sums, score_rows};
+use super::perplexity::{Exact, Sums, evaluate, score_rows};
 use super::plot::{Plot, PlotError, Series, Style};
 use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::session::Engine;
 use crate::skip::{Never, SkipOptions, SkipPolicy, SkipStats};
 
-/// Positions whose logits are computed at a time: 64 rows of a large vocabulary are 40 MB.
-const ROWS: usize = 64;
 /// Most bytes that the full model's probabilities may take.
 const MOST_BYTES: usize = 1 << 30;
 /// Policy's name of another model that is compared.
@@ -125,7 +123,6 @@ pub struct Sweep<'e> {
     entries: Vec<Entry<'e>>,
     /// `[positions, vocab]` of the current window.
     probabilities: Vec<f32>,
-    logits: Vec<f32>,
 }
 
 impl<'e> Sweep<'e> {
@@ -160,7 +157,6 @@ impl<'e> Sweep<'e> {
             states: vec![state(engine)],
             entries: Vec::new(),
             probabilities: Vec::new(),
-            logits: Vec::new(),
         };
         for contender in contenders {
             let model = contender.other.unwrap_or(engine).model();
@@ -206,16 +202,16 @@ impl<'e> Sweep<'e> {
     pub fn window(&mut self, index: usize, step: &mut dyn FnMut() -> bool) -> Result<bool, EvalError> {
         let SweepOptions { context, warm, .. } = self.options;
         let window = &self.tokens[index * context..][..context];
-        let targets = &window[warm + 1..];
+        let scored = context - 1 - warm;
         let vocab = self.engine.model().config().vocab;
         let mut probabilities = std::mem::take(&mut self.probabilities);
-        probabilities.resize(targets.len() * vocab, 0.0);
-        let mut exact = Vec::with_capacity(targets.len());
+        probabilities.resize(scored * vocab, 0.0);
+        let mut exact = Vec::with_capacity(scored);
         let on = self.engine.compute();
-        self.evaluate(0, window, false, |at, logits| {
+        self.evaluate(0, window, false, |at, targets, logits| {
             let part = &mut probabilities[at * vocab..][..logits.len()];
             part.copy_from_slice(logits);
-            exact.extend(Exact::of(on, part, &targets[at..at + logits.len() / vocab]));
+            exact.extend(Exact::of(on, part, targets));
         })?;
         let mut scores = Vec::new();
         let mut go_on = step();
@@ -225,10 +221,10 @@ impl<'e> Sweep<'e> {
             }
             self.enter(i);
             let (mut of_entry, on) = (Vec::new(), self.states[self.entries[i].state].0.compute());
-            self.evaluate(self.entries[i].state, window, true, |at, logits| {
-                let n = logits.len() / vocab;
+            self.evaluate(self.entries[i].state, window, true, |at, targets, logits| {
+                let n = targets.len();
                 let full = (&probabilities[at * vocab..][..n * vocab], &exact[at..at + n]);
-                of_entry.extend(score_rows(on, logits, &targets[at..at + n], Some(full)));
+                of_entry.extend(score_rows(on, logits, targets, Some(full)));
             })?;
             scores.push((of_entry, self.leave(i)));
             go_on = step();
@@ -261,32 +257,17 @@ impl<'e> Sweep<'e> {
         state.stats().clone()
     }
 
-    /// Evaluates a window with the policy that the state has, or in full; `each(position, logits)` gets those of the
-    /// scored positions, counted from the first, some at a time.
+    /// Evaluates a window with the policy that the state has, or in full: [`evaluate`] at the scored positions.
     fn evaluate(
         &mut self,
         state: usize,
         window: &[u32],
         governed: bool,
-        mut each: impl FnMut(usize, &mut [f32]),
+        each: impl FnMut(usize, &[u32], &mut [f32]),
     ) -> Result<(), EvalError> {
         let (engine, state) = &mut self.states[state];
-        let (model, vocab, warm) = (engine.model(), engine.model().config().vocab, self.options.warm);
-        state.truncate(0);
-        let batch = state.batch();
-        for (b, tokens) in window.chunks(batch).enumerate() {
-            let begin = b * batch;
-            let step = if governed { FfnStep::Governed { index: begin } } else { FfnStep::Full };
-            model.forward(engine.compute(), state, tokens, step)?;
-            let scored = warm.max(begin)..(begin + tokens.len()).min(window.len() - 1);
-            for from in scored.clone().step_by(ROWS) {
-                let rows = from - begin..(from + ROWS).min(scored.end) - begin;
-                self.logits.resize(rows.len() * vocab, 0.0);
-                model.logits_of(engine.compute(), state, rows, &mut self.logits);
-                each(from - warm, &mut self.logits);
-            }
-        }
-        Ok(())
+        let scored = self.options.warm..window.len() - 1;
+        evaluate(engine.model(), engine.compute(), state, (window, scored), governed, each)
     }
 
     /// Times contender `i`: in each of some windows, `n` tokens after the warm-up, decoded one by one by the full model and

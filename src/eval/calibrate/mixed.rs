@@ -42,7 +42,7 @@ pub(super) fn learn(
     let (&[first, second], Some(threshold)) = (&alone[..], cut.curve.strength(CUT)) else { return Ok(None) };
     let mut best: Option<(f64, f32)> = None;
     for below in STAND_INS.iter().filter_map(|&share| stand_ins.curve.strength(share)) {
-        let trial = run(mixed(below, threshold, layers.clone()))?;
+        let trial = run(Uniform::mixed(below, threshold, WARM_UP, layers.clone()))?;
         let more = trial.kl.ln() - on_line(first, second, trial.bytes);
         if more.is_finite() && best.is_none_or(|(least, _)| more < least) {
             best = Some((more, below));
@@ -52,15 +52,11 @@ pub(super) fn learn(
     let mut found = MixedCalibration { offset: below - 2.0 * threshold.log2(), ..Default::default() };
     let mut measured = Vec::new();
     for threshold in RATIOS.iter().filter_map(|&ratio| cut.curve.strength(ratio)) {
-        let trial = run(mixed(found.below(threshold), threshold, layers.clone()))?;
+        let trial = run(Uniform::mixed(found.below(threshold), threshold, WARM_UP, layers.clone()))?;
         measured.push((trial.bytes as f32, threshold));
     }
     found.curve = curve(measured);
     Ok(found.offset.is_finite().then_some(found))
-}
-
-fn mixed(below: f32, threshold: f32, layers: std::ops::Range<usize>) -> Uniform {
-    Uniform::mixed(below, threshold, WARM_UP, layers)
 }
 
 /// The line through two points, at `x`.

@@ -47,7 +47,7 @@ pub(super) fn points(
         }
         let mut step = || {
             done += 1;
-            report(&mut *progress, Stage::Quality, done.min(all), all)
+            report(&mut *progress, Stage::Quality, done, all)
         };
         points.extend(measured(model, on, found, held_out, &settings, &mut step)?);
     }
@@ -68,12 +68,12 @@ fn measured(
         let skip = SkipOptions { mode, ratio: Some(ratio), ..SkipOptions::default() };
         match skip.policy(&model.facts(), Some(found)) {
             Ok(policy) => policies.push(((mode, ratio), policy, Measured::default())),
-            // A shallow model or a short curve does not reach every share.
-            Err(SkipError::RatioTooHigh { .. }) => {}
+            // A shallow model or a short curve does not reach every share, and what is not quantised cannot be cut.
+            Err(SkipError::RatioTooHigh { .. } | SkipError::Uncalibrated { .. }) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    if policies.is_empty() {
+    if policies.is_empty() || held_out.is_empty() {
         return Ok(Vec::new());
     }
     for window in held_out.chunks_exact(CONTEXT) {
@@ -84,8 +84,7 @@ fn measured(
             step()?;
         }
     }
-    let seen = policies.into_iter().filter(|_| !held_out.is_empty());
-    Ok(seen.map(|(setting, _, measured)| point(model, setting, measured)).collect())
+    Ok(policies.into_iter().map(|(setting, _, measured)| point(model, setting, measured)).collect())
 }
 
 fn point(model: &Model, (mode, ratio): Setting, measured: Measured) -> Point {

@@ -1,8 +1,10 @@
 //! Settings compared with the full model on a few windows.
 
+use std::ops::Range;
+
 use super::{CONTEXT, Result, WARM_UP, state};
-use crate::eval::perplexity::{Exact, PerplexityReport, Sums, score_rows};
-use crate::model::{FfnStep, Model, State};
+use crate::eval::perplexity::{Exact, PerplexityReport, Sums, evaluate, score_rows};
+use crate::model::Model;
 use crate::ops::Compute;
 use crate::skip::{Decision, Never, SkipPolicy, SkipStats};
 
@@ -10,8 +12,6 @@ use crate::skip::{Decision, Never, SkipPolicy, SkipStats};
 pub(super) const COMPARED: usize = 128;
 /// All positions past the warm-up that foretell a token of the window.
 pub(super) const ALL: usize = CONTEXT - WARM_UP - 1;
-/// Positions whose logits are held at a time.
-const ROWS: usize = 128;
 
 /// Windows, and what the full model says about them.
 pub(super) struct Trials<'t> {
@@ -44,6 +44,11 @@ impl Measured {
     }
 }
 
+/// The last `compared` positions of a window that foretell a token of it.
+fn scored(compared: usize) -> Range<usize> {
+    CONTEXT - 1 - compared..CONTEXT - 1
+}
+
 impl<'t> Trials<'t> {
     /// The full model's probabilities at the last `compared` positions of `windows` that foretell a token: `compared` times
     /// the vocabulary floats a window.
@@ -52,7 +57,7 @@ impl<'t> Trials<'t> {
         let mut state = state(model, on, Box::new(Never));
         for window in windows {
             let (mut probabilities, mut exact) = (Vec::new(), Vec::new());
-            trials.evaluate(model, on, &mut state, window, |_, targets, logits| {
+            evaluate(model, on, &mut state, (window, scored(compared)), false, |_, targets, logits| {
                 exact.extend(Exact::of(on, logits, targets));
                 probabilities.extend_from_slice(logits);
             })?;
@@ -72,28 +77,6 @@ impl<'t> Trials<'t> {
         self.windows.len() * CONTEXT
     }
 
-    /// Evaluates a window under the state's policy. `each(first, targets, logits)` gets the logits of compared positions, some
-    /// at a time and counted from the `first`, and the tokens that came.
-    fn evaluate(
-        &self,
-        model: &Model,
-        on: Compute<'_>,
-        state: &mut State,
-        window: &[u32],
-        mut each: impl FnMut(usize, &[u32], &mut [f32]),
-    ) -> Result<()> {
-        state.truncate(0);
-        model.forward(on, state, window, FfnStep::Governed { index: 0 })?;
-        let (begin, end, mut logits) = (CONTEXT - 1 - self.compared, CONTEXT - 1, Vec::new());
-        for from in (begin..end).step_by(ROWS) {
-            let rows = from..(from + ROWS).min(end);
-            logits.resize(rows.len() * model.config().vocab, 0.0);
-            model.logits_of(on, state, rows.clone(), &mut logits);
-            each(from - begin, &window[rows.start + 1..rows.end + 1], &mut logits);
-        }
-        Ok(())
-    }
-
     /// Adds to `measured` what `policy` does on all windows.
     pub fn measure(
         &self,
@@ -104,12 +87,19 @@ impl<'t> Trials<'t> {
     ) -> Result<()> {
         let (mut state, vocab) = (state(model, on, policy), model.config().vocab);
         for (window, (full, exact)) in self.windows.iter().zip(&self.full) {
-            self.evaluate(model, on, &mut state, window, |first, targets, logits| {
-                let rows = first..first + targets.len();
-                let full = &full[rows.start * vocab..rows.end * vocab];
-                let scores = score_rows(on, logits, targets, Some((full, &exact[rows])));
-                scores.iter().for_each(|score| measured.sums.add(score));
-            })?;
+            evaluate(
+                model,
+                on,
+                &mut state,
+                (window, scored(self.compared)),
+                true,
+                |first, targets, logits| {
+                    let rows = first..first + targets.len();
+                    let full = &full[rows.start * vocab..rows.end * vocab];
+                    let scores = score_rows(on, logits, targets, Some((full, &exact[rows])));
+                    scores.iter().for_each(|score| measured.sums.add(score));
+                },
+            )?;
         }
         measured.stats.add(state.stats());
         Ok(())
