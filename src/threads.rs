@@ -6,15 +6,21 @@
 //! that owns the model - writes the forward pass as straight-line code and calls [`Team::run`] or
 //! one of the `for_*` helpers for each operation.
 //!
-//! Chunks are claimed one at a time from a shared counter, and an operation ends when its *chunks*
+//! Each worker has an equal share of the chunks, which lie one behind the other, and claims them one at a time from the
+//! first on, so that what it prefetches at the end of one is the beginning of its next. Who is done with
+//! his own takes from the ends of the others' shares. An operation ends when its *chunks*
 //! are done, not when every worker has shown up. A worker whose core was taken by another process
 //! therefore delays the team by the one chunk that it holds at most; the others do the rest.
 //!
-//! # The claim word
-//! `state` packs `epoch << 32 | chunks << 16 | next`. A worker claims chunk `next` by a
-//! compare-and-swap of the whole word, so a claim can only succeed for the operation it was read
-//! for; and since the leader waits for every claimed chunk, the job that a successful claim belongs
-//! to is alive until that chunk is counted in `done`.
+//! # The claim words
+//! `state` packs `epoch << 32 | chunks << 16 | workers` of the current operation, a worker's word in `shares`
+//! `epoch << 32 | from << 16 | to`: what is left of its share. A word of an older epoch says that nothing of the share has been
+//! claimed in this one, so the leader has one word to write to begin an operation.
+//!
+//! A chunk is claimed by a compare-and-swap of the whole word of a share with something left. It can only succeed for the
+//! operation it was read for: to end that, all of the share must have been claimed, which changes its word; and that the word is not of a
+//! later operation is seen in `state`, read once more after the word. Since the leader waits for every claimed chunk, the job that
+//! a successful claim belongs to is alive until that chunk is counted in `done`.
 
 mod affinity;
 
@@ -48,8 +54,38 @@ pub fn default_threads() -> usize {
 /// A job runs chunk `chunk` on worker `worker`.
 type Job<'a> = &'a (dyn Fn(usize, usize) + Sync + 'a);
 
+/// An operation, from its word in [`Shared::state`].
+#[derive(Clone, Copy)]
+struct Operation {
+    word: u64,
+    chunks: usize,
+    workers: usize,
+}
+
+impl Operation {
+    fn of(word: u64) -> Self {
+        Self { word, chunks: (word >> 16 & 0xffff) as usize, workers: (word & 0xffff) as usize }
+    }
+
+    /// The upper half of the words that belong to it.
+    fn epoch(self) -> u64 {
+        self.word >> 32 << 32
+    }
+
+    /// The chunks that are `worker`'s share.
+    fn share(self, worker: usize) -> Range<usize> {
+        worker * self.chunks / self.workers..(worker + 1) * self.chunks / self.workers
+    }
+}
+
+/// What is left of a worker's share; on cache lines of its own (two, which are fetched together).
+#[repr(align(128))]
+#[derive(Default)]
+struct Share(AtomicU64);
+
 struct Shared {
     state: AtomicU64,
+    shares: Vec<Share>,
     done: AtomicUsize,
     job: UnsafeCell<Option<Job<'static>>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -111,6 +147,7 @@ impl Team {
         let threads = threads.clamp(1, 1024);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
+            shares: (0..threads).map(|_| Share::default()).collect(),
             done: AtomicUsize::new(0),
             job: UnsafeCell::new(None),
             panic: Mutex::new(None),
@@ -181,10 +218,10 @@ impl Team {
         // worker is reading the cell (see `Shared`).
         unsafe { *shared.job.get() = Some(job) };
         shared.done.store(0, Ordering::Relaxed);
-        let epoch = (shared.state.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
-        shared.state.store(epoch | (chunks as u64) << 16, Ordering::Release);
+        let epoch = shared.next_epoch();
+        shared.state.store(epoch << 32 | (chunks as u64) << 16 | self.active() as u64, Ordering::Release);
         shared.wake_sleepers();
-        while shared.claim_and_run(0) {}
+        while shared.claim_and_run(0).is_none() {}
         let mut idle = Idle::new();
         while shared.done.load(Ordering::Acquire) < chunks {
             idle.pause();
@@ -268,58 +305,89 @@ impl Drop for Team {
 }
 
 impl Shared {
+    /// The number of the next operation, which no word has yet. For the leader, between operations.
+    fn next_epoch(&self) -> u64 {
+        let epoch = (self.state.load(Ordering::Relaxed) >> 32) + 1;
+        if epoch <= u64::from(u32::MAX) {
+            return epoch;
+        }
+        self.shares.iter().for_each(|share| share.0.store(0, Ordering::Relaxed));
+        1
+    }
+
     /// A worker's life: chunks while there are some, sleep when there have been none for long.
     fn work(&self, worker: usize) {
         let mut idle = Idle::new();
+        let mut finished = 0;
         while !self.quit.load(Ordering::Relaxed) {
             if worker >= self.active.load(Ordering::Relaxed) {
                 self.sit_out(worker);
                 idle = Idle::new();
-            } else if self.claim_and_run(worker) {
+            } else if self.state.load(Ordering::Relaxed) != finished {
+                finished = self.claim_and_run(worker).unwrap_or(finished);
                 idle = Idle::new();
             } else if !idle.pause() {
-                self.sleep();
+                self.sleep(finished);
                 idle = Idle::new();
             }
         }
     }
 
-    /// Claims a chunk and runs it; false when none is left.
-    fn claim_and_run(&self, worker: usize) -> bool {
-        let seen = self.state.load(Ordering::Acquire);
-        let (chunks, next) = (seen >> 16 & 0xffff, seen & 0xffff);
-        // `state` is read before `active`: a worker that sees an operation sees who takes part in it.
-        if next >= chunks || worker >= self.active.load(Ordering::Relaxed) {
-            return false;
+    /// Claims a chunk of the current operation and runs it; if none is left, the operation's word.
+    fn claim_and_run(&self, worker: usize) -> Option<u64> {
+        let operation = Operation::of(self.state.load(Ordering::Acquire));
+        if worker >= operation.workers {
+            return Some(operation.word); // put to sleep, and has not noticed yet
         }
-        if self.state.compare_exchange_weak(seen, seen + 1, Ordering::AcqRel, Ordering::Relaxed).is_err() {
-            return true; // somebody else was quicker: look again
-        }
+        let mut owners = (worker..operation.workers).chain(0..worker);
+        let Some(chunk) = owners.find_map(|owner| self.claim(operation, owner, owner == worker)) else {
+            return Some(operation.word);
+        };
         // SAFETY: the claim succeeded, so the leader is waiting for this chunk: the job it wrote
         // before publishing `state` is in the cell and stays alive until `done` counts the chunk.
         let job = unsafe { *self.job.get() };
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             if let Some(job) = job {
-                job(worker, next as usize);
+                job(worker, chunk);
             }
         }));
         if let Err(panic) = outcome {
             *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
         }
         self.done.fetch_add(1, Ordering::Release);
-        true
+        None
     }
 
-    fn has_work(&self) -> bool {
-        let state = self.state.load(Ordering::SeqCst);
-        (state & 0xffff) < (state >> 16 & 0xffff)
+    /// Claims the first chunk that is left of a worker's own share, or the last of another's.
+    fn claim(&self, operation: Operation, owner: usize, own: bool) -> Option<usize> {
+        let share = &self.shares[owner].0;
+        loop {
+            let seen = share.load(Ordering::Acquire);
+            if self.state.load(Ordering::Acquire) != operation.word {
+                return None; // the word may be of a later operation
+            }
+            let Range { start, end } = if seen >> 32 << 32 == operation.epoch() {
+                (seen >> 16 & 0xffff) as usize..(seen & 0xffff) as usize
+            } else {
+                operation.share(owner)
+            };
+            if start >= end {
+                return None;
+            }
+            let (chunk, left) = if own { (start, start + 1..end) } else { (end - 1, start..end - 1) };
+            let word = operation.epoch() | (left.start as u64) << 16 | left.end as u64;
+            if share.compare_exchange_weak(seen, word, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                return Some(chunk);
+            }
+        }
     }
 
-    fn sleep(&self) {
+    /// Sleeps until there is another operation than the one that is `finished`.
+    fn sleep(&self, finished: u64) {
         let mut bed = self.bed.lock().unwrap_or_else(PoisonError::into_inner);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
         fence(Ordering::SeqCst);
-        while !self.has_work() && !self.quit.load(Ordering::SeqCst) {
+        while self.state.load(Ordering::SeqCst) == finished && !self.quit.load(Ordering::SeqCst) {
             bed = self.wake.wait(bed).unwrap_or_else(PoisonError::into_inner);
         }
         self.sleepers.fetch_sub(1, Ordering::SeqCst);
