@@ -28,6 +28,7 @@ mod arm;
 pub mod attention;
 pub mod columns;
 mod fetch;
+pub mod few;
 pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -72,6 +73,7 @@ struct Functions {
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
     columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, Range<usize>, &mut [f32]),
     float: &'static float::Functions,
+    few: &'static few::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
     /// Those of a matrix unit for floats.

@@ -1,7 +1,7 @@
 //! Plain code for every CPU: the reference of the other kernels' tests, written to be read.
 
 use super::rows::{Listed, WeightRows};
-use super::{Functions, Isa, PANEL_ROWS, Panel, Q8Row, Q8Rows, float};
+use super::{Functions, Isa, PANEL_ROWS, Panel, Q8Row, Q8Rows, few, float};
 use crate::gguf::GgmlType;
 use crate::quant;
 
@@ -19,6 +19,7 @@ pub(super) static ISA: Isa = Isa {
         gemm,
         columns: super::columns::scalar,
         float: &float::PORTABLE,
+        few: &few::FEW,
         tiles: None,
         attention: None,
     },

@@ -65,7 +65,7 @@ pub struct Buffers {
     /// Empty for models without stand-ins.
     pub(super) stand_in: StandInScratch,
     pub(super) matmul: Vec<MatmulScratch>,
-    pub(super) attention: Vec<AttentionScratch>,
+    pub(super) attention: AttentionScratch,
     /// Looks on.
     pub(super) probe: Option<Box<dyn Probe>>,
 }
@@ -85,7 +85,6 @@ impl Buffers {
         let widest = config.vocab.max(ffn).max(q + 2 * kv).max(d);
         let inputs = |cols| Inputs::with_capacity(batch, cols).by_panels(products == Products::AsForMany);
         let matmul = || MatmulScratch::with_capacity(batch, widest.div_ceil(4 * threads));
-        let attention = || AttentionScratch::with_capacity(config.heads / config.kv_heads, config.head_dim);
         Self {
             batch,
             owners: Vec::with_capacity(batch),
@@ -108,7 +107,7 @@ impl Buffers {
             may_stand_in: Vec::with_capacity(batch),
             stand_in: StandInScratch::new(model, batch, products),
             matmul: (0..threads).map(|_| matmul()).collect(),
-            attention: (0..threads).map(|_| attention()).collect(),
+            attention: AttentionScratch::new(threads, config.attention()),
             probe: None,
         }
     }

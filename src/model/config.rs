@@ -2,7 +2,7 @@
 
 use super::ModelError;
 use crate::gguf::Metadata;
-use crate::ops::RopeStyle;
+use crate::ops::{RopeStyle, attention};
 use crate::weights::Weights;
 
 /// Architectures that skiff runs.
@@ -124,6 +124,11 @@ impl Config {
             norm_eps,
             rope: keys.rope(architecture, head_dim)?,
         })
+    }
+
+    /// Shapes of its attention.
+    pub fn attention(&self) -> attention::Shape {
+        attention::Shape { heads: self.heads, kv_heads: self.kv_heads, head_dim: self.head_dim }
     }
 
     /// Columns of the queries, and of the attention's output.

@@ -119,7 +119,7 @@ impl Model {
         remember(&s.owners, &s.positions, parts, index, kv, kv_dim);
 
         s.attended.reshape(n, q_dim);
-        let shape = attention::Shape { heads: c.heads, kv_heads: c.kv_heads, head_dim: c.head_dim };
+        let shape = c.attention();
         attend(on, shape, (qkv, qkv_dim), parts, index, s.attended.values_mut(), &mut s.attention);
         s.attended.quantize(on);
         if let Some(probe) = &mut s.probe {
@@ -245,7 +245,7 @@ fn attend(
     parts: &[Part<'_>],
     layer: usize,
     out: &mut [f32],
-    scratch: &mut [AttentionScratch],
+    scratch: &mut AttentionScratch,
 ) {
     match parts {
         // A list on the stack: one sequence allocates nothing.

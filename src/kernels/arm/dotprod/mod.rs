@@ -24,6 +24,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &neon::FLOAT,
+        few: &neon::FEW,
         tiles: None,
         attention: None,
     },

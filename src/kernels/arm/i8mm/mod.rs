@@ -22,6 +22,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns: dotprod::columns,
         float: &neon::FLOAT,
+        few: &neon::FEW,
         tiles: None,
         attention: None,
     },

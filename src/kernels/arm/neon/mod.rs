@@ -32,6 +32,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &FLOAT,
+        few: &FEW,
         tiles: None,
         attention: None,
     },
@@ -124,15 +125,40 @@ mod widening {
     }
 }
 
-instantiate!(FLOAT, true, ["neon"], |b: &[u16; 16]| widen16(b));
+crate::kernels::few::instantiate!(crate::kernels::arm::neon::floats, ["neon"]);
 
-#[inline]
-#[target_feature(enable = "neon")]
-fn widen16(bits: &[u16; 16]) -> [f32; 16] {
-    let mut wide = [0f32; 16];
-    for (bits, wide) in bits.as_chunks::<8>().0.iter().zip(wide.as_chunks_mut::<8>().0) {
+/// Vectors of `few`.
+mod floats {
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+
+    pub const LANES: usize = 8;
+    pub type V = [float32x4_t; 2];
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn zero() -> V {
+        [vdupq_n_f32(0.0); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn splat(x: f32) -> V {
+        [vdupq_n_f32(x); 2]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn load(from: &[f32; LANES]) -> V {
+        // SAFETY: 32 readable bytes.
+        unsafe { [vld1q_f32(from.as_ptr()), vld1q_f32(from.as_ptr().add(4))] }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn widen(from: &[u16; LANES]) -> V {
         // SAFETY: 16 readable bytes; the load has no alignment beyond that of its elements.
-        let half = unsafe { vld1q_u16(bits.as_ptr()) };
+        let half = unsafe { vld1q_u16(from.as_ptr()) };
         let (low, high): (float32x4_t, float32x4_t);
         // SAFETY: two instructions of the baseline that touch registers only.
         unsafe {
@@ -145,11 +171,46 @@ fn widen16(bits: &[u16; 16]) -> [f32; 16] {
                 options(pure, nomem, nostack, preserves_flags)
             );
         }
+        [low, high]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn store(v: V, to: &mut [f32; LANES]) {
         // SAFETY: 32 writable bytes.
         unsafe {
-            vst1q_f32(wide.as_mut_ptr(), low);
-            vst1q_f32(wide.as_mut_ptr().add(4), high);
+            vst1q_f32(to.as_mut_ptr(), v[0]);
+            vst1q_f32(to.as_mut_ptr().add(4), v[1]);
         }
+    }
+
+    /// `a * b + c`
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn fma(a: V, b: V, c: V) -> V {
+        [vfmaq_f32(c[0], a[0], b[0]), vfmaq_f32(c[1], a[1], b[1])]
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    pub fn sums_of_four(v: [V; 4]) -> [f32; 4] {
+        let half = |v: V| vaddq_f32(v[0], v[1]);
+        let pairs = [vpaddq_f32(half(v[0]), half(v[1])), vpaddq_f32(half(v[2]), half(v[3]))];
+        let mut four = [0f32; 4];
+        // SAFETY: 16 writable bytes.
+        unsafe { vst1q_f32(four.as_mut_ptr(), vpaddq_f32(pairs[0], pairs[1])) };
+        four
+    }
+}
+
+instantiate!(FLOAT, true, ["neon"], |b: &[u16; 16]| widen16(b));
+
+#[inline]
+#[target_feature(enable = "neon")]
+fn widen16(bits: &[u16; 16]) -> [f32; 16] {
+    let mut wide = [0f32; 16];
+    for (bits, wide) in bits.as_chunks().0.iter().zip(wide.as_chunks_mut().0) {
+        floats::store(floats::widen(bits), wide);
     }
     wide
 }

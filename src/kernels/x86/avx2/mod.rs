@@ -32,6 +32,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &FLOAT,
+        few: &FEW,
         tiles: None,
         attention: None,
     },
@@ -189,18 +190,76 @@ mod maddubs {
     static ONES: Ones = Ones([1; 16]);
 }
 
+crate::kernels::few::instantiate!(crate::kernels::x86::avx2::floats, ["avx2", "fma", "f16c"]);
+
+/// Vectors of `few`.
+pub(in crate::kernels::x86) mod floats {
+    use std::arch::x86_64::*;
+
+    pub const LANES: usize = 8;
+    pub type V = __m256;
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn zero() -> V {
+        _mm256_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn splat(x: f32) -> V {
+        _mm256_set1_ps(x)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn load(from: &[f32; LANES]) -> V {
+        // SAFETY: 32 readable bytes; the load has no alignment.
+        unsafe { _mm256_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx,f16c")]
+    pub fn widen(from: &[u16; LANES]) -> V {
+        // SAFETY: 16 readable bytes; the load has no alignment.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.as_ptr().cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn store(v: V, to: &mut [f32; LANES]) {
+        // SAFETY: 32 writable bytes; the store has no alignment.
+        unsafe { _mm256_storeu_ps(to.as_mut_ptr(), v) };
+    }
+
+    /// `a * b + c`
+    #[inline]
+    #[target_feature(enable = "fma")]
+    pub fn fma(a: V, b: V, c: V) -> V {
+        _mm256_fmadd_ps(a, b, c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    pub fn sums_of_four(v: [V; 4]) -> [f32; 4] {
+        // Pairs of lanes, then pairs of these: a sum of each in either half.
+        let pairs = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        let sums = _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps::<1>(pairs));
+        let mut four = [0f32; 4];
+        // SAFETY: 16 writable bytes; the store has no alignment.
+        unsafe { _mm_storeu_ps(four.as_mut_ptr(), sums) };
+        four
+    }
+}
+
 instantiate!(FLOAT, true, ["avx2", "fma", "f16c"], |b: &[u16; 16]| widen16(b));
 
 #[inline]
 #[target_feature(enable = "avx,f16c")]
 fn widen16(bits: &[u16; 16]) -> [f32; 16] {
-    let (low, high) = bits.split_at(8);
     let mut wide = [0f32; 16];
-    for (bits, wide) in [low, high].into_iter().zip(wide.as_chunks_mut::<8>().0) {
-        // SAFETY: `bits` is 8 words, 16 readable bytes; the load has no alignment.
-        let half = unsafe { _mm_loadu_si128(bits.as_ptr().cast()) };
-        // SAFETY: `wide` is 32 writable bytes; the store has no alignment.
-        unsafe { _mm256_storeu_ps(wide.as_mut_ptr(), _mm256_cvtph_ps(half)) };
+    for (bits, wide) in bits.as_chunks().0.iter().zip(wide.as_chunks_mut().0) {
+        floats::store(floats::widen(bits), wide);
     }
     wide
 }

@@ -35,10 +35,74 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm: gemm::gemm,
         columns: columns::columns,
         float: &FLOAT,
+        few: &FEW,
         tiles: None,
         attention: None,
     },
 };
+
+crate::kernels::few::instantiate!(
+    crate::kernels::x86::avx512vnni::floats,
+    ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"]
+);
+
+/// Vectors of `few`.
+mod floats {
+    use std::arch::x86_64::*;
+
+    pub const LANES: usize = 16;
+    pub type V = __m512;
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn zero() -> V {
+        _mm512_setzero_ps()
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn splat(x: f32) -> V {
+        _mm512_set1_ps(x)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn load(from: &[f32; LANES]) -> V {
+        // SAFETY: 64 readable bytes; the load has no alignment.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn widen(from: &[u16; LANES]) -> V {
+        // SAFETY: 32 readable bytes; the load has no alignment.
+        _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(from.as_ptr().cast()) })
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn store(v: V, to: &mut [f32; LANES]) {
+        // SAFETY: 64 writable bytes; the store has no alignment.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) };
+    }
+
+    /// `a * b + c`
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    pub fn fma(a: V, b: V, c: V) -> V {
+        _mm512_fmadd_ps(a, b, c)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512dq,avx2,fma")]
+    pub fn sums_of_four(v: [V; 4]) -> [f32; 4] {
+        let mut halves = [_mm256_setzero_ps(); 4];
+        for i in 0..4 {
+            halves[i] = _mm256_add_ps(_mm512_castps512_ps256(v[i]), _mm512_extractf32x8_ps::<1>(v[i]));
+        }
+        crate::kernels::x86::avx2::floats::sums_of_four(halves)
+    }
+}
 
 instantiate!(FLOAT, true, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"], |b: &[u16; 16]| {
     widen16(b)
@@ -47,11 +111,8 @@ instantiate!(FLOAT, true, ["avx512f", "avx512bw", "avx512dq", "avx512vl", "fma",
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn widen16(bits: &[u16; 16]) -> [f32; 16] {
-    // SAFETY: `bits` is 32 readable bytes; the load has no alignment.
-    let half = unsafe { _mm256_loadu_si256(bits.as_ptr().cast()) };
     let mut wide = [0f32; 16];
-    // SAFETY: `wide` is 64 writable bytes; the store has no alignment.
-    unsafe { _mm512_storeu_ps(wide.as_mut_ptr(), _mm512_cvtph_ps(half)) };
+    floats::store(floats::widen(bits), &mut wide);
     wide
 }
 

@@ -2,15 +2,16 @@
 //!
 //! For each head the keys are visited in tiles of [`TILE`] positions. A running maximum and sum turn
 //! the tiles' scores into the exact softmax without holding all of them (Milakov and Gimelshein
-//! 2018; Dao et al. 2022). One or a few queries read the cache in place; a prompt's many queries
+//! 2018; Dao et al. 2022). One or a few queries read the cache in place ([`few`]); a prompt's many queries
 //! widen each tile to f32 once and multiply matrices.
+
+mod few;
 
 use std::ops::Range;
 
 use super::Compute;
 use crate::kernels::Kernels;
 use crate::kernels::attention::{AttentionTiles, POSITIONS};
-use crate::kernels::float::Rows;
 use crate::kernels::gemm_f32::View;
 
 /// Positions of a tile: its keys and values stay in the L2 cache.
@@ -52,6 +53,13 @@ pub struct Shape {
     pub head_dim: usize,
 }
 
+impl Shape {
+    /// Heads that share a key/value head.
+    fn group(self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
 /// What some rows of a step look back on: the keys and values of their sequence.
 #[derive(Clone, Copy, Debug)]
 #[allow(missing_docs)]
@@ -64,9 +72,16 @@ pub struct Seen<C> {
     pub rows: usize,
 }
 
+/// Buffers of a team's attention.
+pub struct AttentionScratch {
+    threads: Vec<ThreadScratch>,
+    /// Of tiles that different threads took.
+    tiles: few::TileSums,
+}
+
 /// A thread's buffers.
 #[derive(Default)]
-pub struct AttentionScratch {
+struct ThreadScratch {
     queries: Vec<f32>,
     scores: Vec<f32>,
     out: Vec<f32>,
@@ -74,13 +89,21 @@ pub struct AttentionScratch {
     tiles: AttentionTiles,
     /// Running maximum and sum of each query row.
     running: Vec<(f32, f32)>,
+    few: few::Scratch,
 }
 
 impl AttentionScratch {
-    /// For decoding with up to `group` heads to a key/value head; prompts grow it once.
-    pub fn with_capacity(group: usize, head_dim: usize) -> Self {
+    /// For decoding on `threads`; more rows at once grow it.
+    pub fn new(threads: usize, shape: Shape) -> Self {
+        let threads = (0..threads).map(|_| ThreadScratch::new(shape)).collect();
+        Self { threads, tiles: few::TileSums::new(shape) }
+    }
+}
+
+impl ThreadScratch {
+    fn new(shape: Shape) -> Self {
         let mut scratch = Self::default();
-        scratch.reserve(group, head_dim);
+        scratch.few.reserve(shape.group(), shape.head_dim);
         scratch
     }
 
@@ -105,7 +128,7 @@ pub fn attention<C: CacheTile + Copy>(
     (q, q_stride): (&[f32], usize),
     seen: &[Seen<C>],
     out: &mut [f32],
-    scratch: &mut [AttentionScratch],
+    scratch: &mut AttentionScratch,
 ) {
     let (cols, mut row) = (shape.heads * shape.head_dim, 0);
     // Sequences with one row each are one piece of work for the team.
@@ -113,130 +136,99 @@ pub fn attention<C: CacheTile + Copy>(
         let rows: usize = seen.iter().map(|seen| seen.rows).sum();
         let (q, out) = (&q[row * q_stride..], &mut out[row * cols..][..rows * cols]);
         match seen {
-            [seen] => one_sequence(on, shape, (q, q_stride), seen, out, scratch),
-            seen => one_row_each(on, shape, (q, q_stride), seen, out, scratch),
+            [seen] if seen.rows <= MAX_ALONE => {
+                few::one_sequence(on, shape, (q, q_stride), seen, out, scratch)
+            }
+            [seen] => prompt(on, shape, (q, q_stride), seen, out, scratch),
+            seen => few::one_row_each(on, shape, (q, q_stride), seen, out, scratch),
         }
         row += rows;
     }
 }
 
-fn one_sequence<C: CacheTile + Copy>(
+/// Many rows of a sequence.
+fn prompt<C: CacheTile + Copy>(
     on: Compute<'_>,
     shape: Shape,
     q: (&[f32], usize),
     seen: &Seen<C>,
     out: &mut [f32],
-    scratch: &mut [AttentionScratch],
+    scratch: &mut AttentionScratch,
 ) {
-    let Shape { heads, kv_heads, head_dim } = shape;
-    let (group, rows) = (heads / kv_heads, seen.rows);
-    let way = Way::of(on.kernels, seen);
-    let aim = if way == Way::ByTiles { TILED_QUERY_ROWS } else { QUERY_ROWS };
-    let tokens = (aim / group).clamp(1, rows);
-    // With few key/value heads for the threads, the heads of a group go to different ones.
-    let split = rows == 1 && !kv_heads.is_multiple_of(on.team.threads()) && kv_heads < 4 * on.team.threads();
-    let chunk_heads = if split { 1 } else { group };
-    let n = chunk_heads * head_dim;
-    on.team.for_tiles(out, heads * head_dim, (tokens, n), scratch, |scratch, mut tile| {
-        let head = tile.cols().start / head_dim;
-        let block = Block { shape, first: seen.first, head, heads: chunk_heads, tokens: tile.rows(), way };
-        block.run(on.kernels, q, &seen.keys, &seen.values, scratch);
-        for (t, out) in tile.rows().zip(scratch.out.chunks_exact(n)) {
+    let (heads, dim, group) = (shape.heads, shape.head_dim, shape.group());
+    // Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
+    let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
+    let by_tiles = on.kernels.has_attention_tiles() && !f32s(&seen.keys) && !f32s(&seen.values);
+    let aim = if by_tiles { TILED_QUERY_ROWS } else { QUERY_ROWS };
+    let tile = ((aim / group).clamp(1, seen.rows), group * dim);
+    on.team.for_tiles(out, heads * dim, tile, &mut scratch.threads, |scratch, mut tile| {
+        let head = tile.cols().start / dim;
+        let block = Block { shape, first: seen.first, head, tokens: tile.rows() };
+        block.begin(q, scratch);
+        if by_tiles {
+            block.by_tiles(on.kernels, &seen.keys, &seen.values, scratch);
+        } else {
+            block.widened(on.kernels, &seen.keys, &seen.values, scratch);
+        }
+        for (t, out) in tile.rows().zip(scratch.out.chunks_exact(group * dim)) {
             tile.row(t).copy_from_slice(out);
         }
     });
 }
 
-fn one_row_each<C: CacheTile + Copy>(
-    on: Compute<'_>,
-    shape: Shape,
-    (q, q_stride): (&[f32], usize),
-    seen: &[Seen<C>],
-    out: &mut [f32],
-    scratch: &mut [AttentionScratch],
-) {
-    let Shape { heads, kv_heads, head_dim } = shape;
-    let (group, n) = (heads / kv_heads, heads / kv_heads * head_dim);
-    // One head of several sequences after the other: what they share of their caches stays in the CPU's.
-    let rows = seen.len().div_ceil(2 * on.team.threads());
-    on.team.for_tiles(out, heads * head_dim, (rows, n), scratch, |scratch, mut tile| {
-        let head = tile.cols().start / head_dim;
-        for row in tile.rows() {
-            let Seen { keys, values, first, .. } = &seen[row];
-            let block = Block { shape, first: *first, head, heads: group, tokens: 0..1, way: Way::InPlace };
-            block.run(on.kernels, (&q[row * q_stride..], q_stride), keys, values, scratch);
-            tile.row(row).copy_from_slice(&scratch.out[..n]);
-        }
-    });
-}
-
-/// Some tokens' queries for some heads of a group.
+/// Some tokens' queries for the heads of a group.
 struct Block {
     shape: Shape,
     /// Position of the sequence's first row.
     first: usize,
     head: usize,
-    heads: usize,
     tokens: Range<usize>,
-    way: Way,
 }
 
-/// How queries meet keys and values.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
-    InPlace,
-    Widened,
-    /// By a matrix unit.
-    ByTiles,
-}
-
-impl Way {
-    /// That of a sequence's rows. Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
-    fn of<C: CacheTile>(kernels: Kernels, seen: &Seen<C>) -> Self {
-        let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
-        match seen.rows {
-            ..=MAX_ALONE => Self::InPlace,
-            _ if !kernels.has_attention_tiles() || f32s(&seen.keys) || f32s(&seen.values) => Self::Widened,
-            _ => Self::ByTiles,
-        }
+/// `to[token][head]`: the queries of a group's heads, `head` the first, over the root of their length.
+fn scaled_queries(
+    shape: Shape,
+    (q, q_stride): (&[f32], usize),
+    head: usize,
+    tokens: Range<usize>,
+    to: &mut [f32],
+) {
+    let (dim, n) = (shape.head_dim, shape.group() * shape.head_dim);
+    let scale = 1.0 / (dim as f32).sqrt();
+    for (t, to) in tokens.zip(to.chunks_exact_mut(n)) {
+        let from = &q[t * q_stride + head * dim..][..n];
+        to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
     }
 }
 
 impl Block {
     fn kv_head(&self) -> usize {
-        self.head / (self.shape.heads / self.shape.kv_heads)
+        self.head / self.shape.group()
     }
 
-    fn run(
+    fn rows(&self) -> usize {
+        self.tokens.len() * self.shape.group()
+    }
+
+    fn begin(&self, q: (&[f32], usize), scratch: &mut ThreadScratch) {
+        scratch.reserve(self.rows(), self.shape.head_dim);
+        scaled_queries(self.shape, q, self.head, self.tokens.clone(), &mut scratch.queries);
+    }
+
+    /// All of a block by f32 products.
+    fn widened(
         &self,
         kernels: Kernels,
-        (q, q_stride): (&[f32], usize),
         keys: &impl CacheTile,
         values: &impl CacheTile,
-        scratch: &mut AttentionScratch,
+        scratch: &mut ThreadScratch,
     ) {
-        let dim = self.shape.head_dim;
-        let rows = self.tokens.len() * self.heads;
-        scratch.reserve(rows, dim);
-        let scale = 1.0 / (dim as f32).sqrt();
-        for (i, t) in self.tokens.clone().enumerate() {
-            let from = &q[t * q_stride + self.head * dim..][..self.heads * dim];
-            let to = &mut scratch.queries[i * self.heads * dim..][..self.heads * dim];
-            to.iter_mut().zip(from).for_each(|(to, q)| *to = q * scale);
-        }
-        if self.way == Way::ByTiles {
-            return self.by_tiles(kernels, keys, values, scratch);
-        }
+        let (dim, rows) = (self.shape.head_dim, self.rows());
         scratch.out[..rows * dim].fill(0.0);
         scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
         let end = self.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
-            let positions = from..(from + TILE).min(end);
-            if self.way == Way::InPlace {
-                self.tile_in_place(kernels, positions, keys, values, scratch);
-            } else {
-                self.tile_widened(kernels, positions, keys, values, scratch);
-            }
+            self.tile_widened(kernels, from..(from + TILE).min(end), keys, values, scratch);
         }
         for (row, &(_, sum)) in scratch.out.chunks_exact_mut(dim).zip(&scratch.running[..rows]) {
             row.iter_mut().for_each(|o| *o /= sum);
@@ -245,7 +237,7 @@ impl Block {
 
     /// Positions of a tile that the query of row `row` may see.
     fn visible(&self, row: usize, positions: &Range<usize>) -> usize {
-        let last = self.first + self.tokens.start + row / self.heads;
+        let last = self.first + self.tokens.start + row / self.shape.group();
         (last + 1).saturating_sub(positions.start).min(positions.len())
     }
 
@@ -255,12 +247,12 @@ impl Block {
         kernels: Kernels,
         keys: &impl CacheTile,
         values: &impl CacheTile,
-        scratch: &mut AttentionScratch,
+        scratch: &mut ThreadScratch,
     ) {
-        let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
-        let AttentionScratch { queries, out, wide, tiles, .. } = scratch;
+        let (dim, rows) = (self.shape.head_dim, self.rows());
+        let ThreadScratch { queries, out, wide, tiles, .. } = scratch;
         let (begin, end) = (self.first + self.tokens.start, self.first + self.tokens.end);
-        kernels.begin_attention(&queries[..rows * dim], dim, |row| begin + row / self.heads, tiles);
+        kernels.begin_attention(&queries[..rows * dim], dim, |row| begin + row / self.shape.group(), tiles);
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
             let wide = &mut wide[..positions.len() * dim];
@@ -273,51 +265,17 @@ impl Block {
         kernels.attended(tiles, &mut out[..rows * dim]);
     }
 
-    fn tile_in_place(
-        &self,
-        kernels: Kernels,
-        positions: Range<usize>,
-        keys: &impl CacheTile,
-        values: &impl CacheTile,
-        scratch: &mut AttentionScratch,
-    ) {
-        let (dim, rows) = (self.shape.head_dim, self.tokens.len() * self.heads);
-        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
-        let wide = &mut wide[..positions.len() * dim];
-        let keys = in_place(kernels, keys, self.kv_head(), &positions, wide);
-        let queries = Rows { data: queries, rows, cols: dim, stride: dim };
-        match keys {
-            InPlace::F16(keys) => kernels.dots_f16_of_rows(queries, keys, (scores, TILE)),
-            InPlace::F32(keys) => kernels.dots_of_rows(queries, keys, (scores, TILE)),
-        }
-        let values = in_place(kernels, values, self.kv_head(), &positions, wide);
-        // The heads of a token see the same positions.
-        for first in (0..rows).step_by(self.heads) {
-            let n = self.visible(first, &positions);
-            for row in first..first + self.heads {
-                let (weights, out) = (&mut scores[row * TILE..][..n], &mut out[row * dim..][..dim]);
-                softmax_step(kernels, weights, &mut running[row], out);
-            }
-            let weights = Rows { data: &scores[first * TILE..], rows: self.heads, cols: n, stride: TILE };
-            let out = &mut out[first * dim..][..self.heads * dim];
-            match values {
-                InPlace::F16(values) => kernels.add_weighted_f16_rows(out, weights, &values[..n * dim]),
-                InPlace::F32(values) => kernels.add_weighted_rows(out, weights, &values[..n * dim]),
-            }
-        }
-    }
-
     fn tile_widened(
         &self,
         kernels: Kernels,
         positions: Range<usize>,
         keys: &impl CacheTile,
         values: &impl CacheTile,
-        scratch: &mut AttentionScratch,
+        scratch: &mut ThreadScratch,
     ) {
         let (dim, n) = (self.shape.head_dim, positions.len());
-        let rows = self.tokens.len() * self.heads;
-        let AttentionScratch { queries, scores, out, wide, running, .. } = scratch;
+        let rows = self.rows();
+        let ThreadScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..n * dim];
         keys.widen(kernels, self.kv_head(), positions.clone(), wide);
         let queries = View::rows(&queries[..rows * dim], dim);
@@ -341,31 +299,6 @@ impl<C: CacheTile> CacheTile for &C {
 
     fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
         (**self).widen(kernels, head, positions, out);
-    }
-}
-
-/// Numbers that kernels can read.
-#[derive(Clone, Copy)]
-enum InPlace<'a> {
-    F32(&'a [f32]),
-    F16(&'a [u16]),
-}
-
-/// Keys or values where they are, or widened into `wide`.
-fn in_place<'a>(
-    kernels: Kernels,
-    cache: &'a impl CacheTile,
-    head: usize,
-    positions: &Range<usize>,
-    wide: &'a mut [f32],
-) -> InPlace<'a> {
-    match cache.stored(head, positions.clone()) {
-        Stored::F32(numbers) => InPlace::F32(numbers),
-        Stored::F16(bits) => InPlace::F16(bits),
-        Stored::Packed => {
-            cache.widen(kernels, head, positions.clone(), wide);
-            InPlace::F32(wide)
-        }
     }
 }
 
@@ -469,12 +402,55 @@ mod tests {
                     let v = Plain(random(kv_heads * capacity * dim), capacity, dim, threads == 3);
                     let q = random(rows * heads * dim);
                     let mut out = vec![0.0; q.len()];
-                    let mut scratch: Vec<_> = (0..threads).map(|_| AttentionScratch::default()).collect();
+                    let mut scratch = AttentionScratch::new(threads, shape);
                     let seen = Seen { keys: &k, values: &v, first, rows };
                     attention(on, shape, (&q, heads * dim), &[seen], &mut out, &mut scratch);
                     let want = naive(shape, first, &q, &k, &v, rows);
                     let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     assert!(worst < 1e-5, "{kernels:?} {shape:?} {rows}: {worst}");
+                }
+            }
+        }
+    }
+
+    /// A head's tiles are taken by one thread or by several, and rows come alone or with others: bit by bit the same.
+    #[test]
+    fn neither_threads_nor_company_change_a_token() {
+        let mut state = 5u32;
+        let mut random = |n: usize| -> Vec<f32> {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 22) as f32 - 2.0
+            };
+            (0..n).map(|_| next()).collect()
+        };
+        for (heads, kv_heads, dim, first, rows) in
+            [(9, 3, 64, 700, 3), (5, 5, 16, TILE - 2, 4), (4, 1, 16, 2 * few::WAITING * TILE + 100, 2)]
+        {
+            let (shape, capacity) = (Shape { heads, kv_heads, head_dim: dim }, first + rows);
+            let k = Plain(random(kv_heads * capacity * dim), capacity, dim, true);
+            let v = Plain(random(kv_heads * capacity * dim), capacity, dim, true);
+            let q = random(rows * heads * dim);
+            let run = |threads: usize, q: &[f32], seen: &[Seen<&Plain>]| {
+                let (team, kernels) = (Team::new(threads).unwrap(), Kernels::select(None).unwrap());
+                let (mut out, mut scratch) = (vec![0.0; q.len()], AttentionScratch::new(threads, shape));
+                let on = Compute { team: &team, kernels };
+                attention(on, shape, (q, heads * dim), seen, &mut out, &mut scratch);
+                out
+            };
+            let all = [Seen { keys: &k, values: &v, first, rows }];
+            let want = run(1, &q, &all);
+            for (exact, found) in naive(shape, first, &q, &k, &v, rows).iter().zip(&want) {
+                assert!((exact - found).abs() < 1e-5, "{shape:?} {first}");
+            }
+            for threads in [2, 3, 7] {
+                assert!(run(threads, &q, &all) == want, "{shape:?} {first}, {threads} threads");
+                let alone = |t| Seen { keys: &k, values: &v, first: first + t, rows: 1 };
+                let each: Vec<_> = (0..rows).map(alone).collect();
+                assert!(run(threads, &q, &each) == want, "{shape:?} {first}, in turn");
+                for (t, q) in q.chunks_exact(heads * dim).enumerate() {
+                    let want = &want[t * heads * dim..][..heads * dim];
+                    assert!(run(threads, q, &[alone(t)]) == want, "{shape:?} {first}, row {t} alone");
                 }
             }
         }
