@@ -1,6 +1,6 @@
 //! What leaving FFN weights unread gains, whatever it costs in quality, beside the gain that the unread bytes would
 //! give if reading were all: decoding with a forced share of the FFN blocks skipped, or stood in for, with a forced share
-//! of inputs and neurons cut by columns, and of neurons by rows of up and columns of down.
+//! of inputs and neurons cut by columns, both together, and of neurons by rows of up and columns of down.
 //!
 //! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
 
@@ -29,6 +29,8 @@ const STAND_INS: [usize; 3] = [0, 10, 30];
 const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
 /// The same of rows of up and columns of down.
 const NEURONS: [f32; 3] = [0.0, 0.2, 0.3];
+/// Stand-ins in percent of the FFNs, with cuts of this share of the others.
+const MIXED: (usize, f32) = (10, 0.3);
 /// Turns of the comparison, if `SKIFF_BENCH_ROUNDS` does not say otherwise.
 const ROUNDS: usize = 9;
 
@@ -69,10 +71,10 @@ fn forced(percent: usize) -> Box<dyn SkipPolicy> {
 }
 
 /// Stand-ins for `percent` of the FFNs; the probes of all are asked.
-fn standing_in(percent: usize) -> Box<dyn SkipPolicy> {
+fn standing_in(percent: usize) -> Forced {
     let [taken, otherwise] =
         [f32::INFINITY, f32::NEG_INFINITY].map(|below| Decision::StandIn { below, otherwise: None });
-    Box::new(Forced { percent, decisions: 0, taken, otherwise })
+    Forced { percent, decisions: 0, taken, otherwise }
 }
 
 /// Of the shape that calibration gives them, and little weight.
@@ -84,9 +86,12 @@ fn stand_ins(model: &Model) -> Vec<StandIn> {
     vec![one; config.layers]
 }
 
-/// Cuts every layer by thresholds of its own.
+/// Cuts every layer by thresholds of its own, but where another policy has stand-ins.
 #[derive(Clone)]
-struct ForcedCut(Vec<Cut>);
+struct ForcedCut {
+    cuts: Vec<Cut>,
+    stand_ins: Option<Forced>,
+}
 
 impl SkipPolicy for ForcedCut {
     fn name(&self) -> &'static str {
@@ -96,7 +101,15 @@ impl SkipPolicy for ForcedCut {
     fn begin_token(&mut self, _: usize) {}
 
     fn decide(&mut self, layer: usize) -> Decision {
-        Decision::Cut(self.0[layer])
+        let cut = self.cuts[layer];
+        match self.stand_ins.as_mut().map(|stand_ins| stand_ins.decide(layer)) {
+            Some(Decision::StandIn { below, .. }) => Decision::StandIn { below, otherwise: Some(cut) },
+            _ => Decision::Cut(cut),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.stand_ins.iter_mut().for_each(|stand_ins| stand_ins.reset());
     }
 
     fn boxed_clone(&self) -> Box<dyn SkipPolicy> {
@@ -147,11 +160,21 @@ impl Magnitudes {
 
     /// Cuts that leave about `share` of the FFN weights unread: rather neurons than inputs, as it is best.
     fn cut(&self, layers: usize, share: f32) -> Box<dyn SkipPolicy> {
+        Box::new(ForcedCut { cuts: self.cuts(layers, share), stand_ins: None })
+    }
+
+    /// Such cuts where there are no stand-ins.
+    fn mixed(&self, layers: usize) -> Box<dyn SkipPolicy> {
+        let (percent, share) = MIXED;
+        Box::new(ForcedCut { cuts: self.cuts(layers, share), stand_ins: Some(standing_in(percent)) })
+    }
+
+    fn cuts(&self, layers: usize, share: f32) -> Vec<Cut> {
         let cuts = (0..layers).map(|layer| Cut::Columns {
             inputs: self.below(layer, Matrices::GateUp, 0.85 * share),
             inner: self.below(layer, Matrices::Down, 1.3 * share),
         });
-        Box::new(ForcedCut(cuts.collect()))
+        cuts.collect()
     }
 
     /// The same by rows of up and columns of down, twice as many of these.
@@ -160,7 +183,7 @@ impl Magnitudes {
             gate: quantile(&self.gates[&layer], share),
             inner: self.below(layer, Matrices::Down, 1.8 * share),
         });
-        Box::new(ForcedCut(cuts.collect()))
+        Box::new(ForcedCut { cuts: cuts.collect(), stand_ins: None })
     }
 }
 
@@ -226,11 +249,15 @@ fn check(model: &Model, on: Compute<'_>, tokens: &[u32], magnitudes: &Magnitudes
         assert!(distance(&logits, &full) > 1e-3, "{percent} % skipped and nothing changes");
     }
     for percent in STAND_INS {
-        let (logits, share, bytes) = run(standing_in(percent));
+        let (logits, share, bytes) = run(Box::new(standing_in(percent)));
         assert_eq!(share, (TOKENS * layers * percent / 100) as f64 / (TOKENS * layers) as f64);
         assert!(bytes >= 0.8 * share, "a stand-in reads little: {bytes} of {share}");
         assert_eq!(logits == full, percent == 0, "{percent} % stood in for");
     }
+    let (_, blocks, bytes) = run(magnitudes.mixed(layers));
+    let stood_in = (TOKENS * layers * MIXED.0 / 100) as f64 / (TOKENS * layers) as f64;
+    let want = stood_in + (1.0 - stood_in) * f64::from(MIXED.1);
+    assert!(blocks == stood_in && (bytes - want).abs() < 0.12, "{want} was to be left out, {bytes} was");
     let columns = CUTS.map(|share| (share, magnitudes.cut(layers, share)));
     let neurons = NEURONS.map(|share| (share, magnitudes.neurons(layers, share)));
     for (share, policy) in columns.into_iter().chain(neurons) {
@@ -267,10 +294,15 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let mut all =
         vec![variant("all".into(), Box::new(Never)), variant("looking on".into(), watching(layers))];
     all.extend(PERCENT.map(|percent| variant(format!("{percent} % of blocks skipped"), forced(percent))));
-    all.extend(STAND_INS.map(|percent| variant(format!("{percent} % stood in for"), standing_in(percent))));
+    all.extend(
+        STAND_INS.map(|percent| variant(format!("{percent} % stood in for"), Box::new(standing_in(percent)))),
+    );
     all.extend(CUTS.map(|s| variant(format!("{:.0} % to be cut", 100.0 * s), magnitudes.cut(layers, s))));
     let neurons = |s| variant(format!("{:.0} % by neurons", 100.0 * s), magnitudes.neurons(layers, s));
     all.extend(NEURONS.map(neurons));
+    let (percent, share) = MIXED;
+    let both = format!("{percent} % stood in for, {:.0} % cut", 100.0 * share);
+    all.push(variant(both, magnitudes.mixed(layers)));
     let mut group = common::group(criterion, name);
     group.throughput(Throughput::Elements(TOKENS as u64));
     for Variant { name, state } in &mut all {
@@ -302,14 +334,14 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants:
     println!(
         "{name}: best and median of {rounds} turns of {TOKENS} tokens; time saved: of what the bytes would save"
     );
-    println!("                           unread  tokens/s  median  gain   (median)  ideal  time saved");
+    println!("                             unread  tokens/s  median  gain   (median)  ideal  time saved");
     for (variant, sorted) in variants.iter().zip(&times) {
         let (share, best, median) = (variant.share(model), sorted[0], sorted[rounds / 2]);
         let ideal = all / (all - model.ffn_bytes() as f64 * share);
         let (gain, median_gain) = (times[0][0] / best, times[0][rounds / 2] / median);
         let saved = (1.0 - 1.0 / gain) / (1.0 - 1.0 / ideal);
         println!(
-            "    {:<22} {:>5.1} % {:>8.1} {:>8.1}  {gain:.3}  ({median_gain:.3})  {ideal:.3}  {:>5.0} %",
+            "    {:<24} {:>5.1} % {:>8.1} {:>8.1}  {gain:.3}  ({median_gain:.3})  {ideal:.3}  {:>5.0} %",
             variant.name,
             100.0 * share,
             TOKENS as f64 / best,

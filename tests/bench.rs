@@ -75,8 +75,13 @@ fn a_real_model_has_llama_benchs_keys_and_ours() {
     let gbps = tg["weight_gbps"].as_f64().unwrap();
     let per_token = gbps * 1e9 / tg["median_ts"].as_f64().unwrap();
     assert!(per_token > 90e6 && per_token < 98.4e6, "bytes a token: {per_token}");
+    // Keys and values of 30 layers, 3 heads of 64 numbers in f16, and a token of n sees (n + 1) / 2 positions on average.
+    let kv = tg["kv_gbps"].as_f64().unwrap();
+    let seen = tg["n_depth"].as_f64().unwrap() + (tg["n_gen"].as_f64().unwrap() + 1.0) / 2.0;
+    let per_position = kv * 1e9 / tg["median_ts"].as_f64().unwrap() / seen;
+    assert!((per_position - 2.0 * 30.0 * 3.0 * 64.0 * 2.0).abs() < 1e-3, "bytes a position: {per_position}");
     if let Some(sweep) = tg["sweep_gbps"].as_f64() {
-        assert!((tg["sweep_share"].as_f64().unwrap() * sweep / gbps - 1.0).abs() < 1e-6, "{tg}");
+        assert!((tg["sweep_share"].as_f64().unwrap() * sweep / (gbps + kv) - 1.0).abs() < 1e-6, "{tg}");
     }
 }
 

@@ -202,6 +202,7 @@ const COLUMNS: &[Column] = &[
     ("test", true, |r| r.test.clone()),
     ("t/s", true, |r| format!("{:.2} ± {:.2}", r.avg_ts, r.stddev_ts)),
     ("weight GB/s", true, |r| number(r.weight_gbps, 2)),
+    ("KV GB/s", true, |r| number(r.kv_gbps, 2)),
     ("sweep GB/s", true, |r| number(r.sweep_gbps, 2)),
     ("of sweep", true, |r| share(r.sweep_share)),
     ("TOPS", true, |r| number(r.tops, 3)),

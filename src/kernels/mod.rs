@@ -27,8 +27,8 @@ mod arm;
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // no matrix unit but AMX has kernels
 pub mod attention;
 pub mod columns;
+pub mod decode_attention;
 mod fetch;
-pub mod few;
 pub mod float;
 pub mod gemm_f32;
 #[cfg(any(target_arch = "aarch64", target_arch = "x86_64"))]
@@ -73,7 +73,7 @@ struct Functions {
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
     columns: unsafe fn(&ColumnStrip<'_>, columns::Chosen<'_>, Range<usize>, &mut [f32]),
     float: &'static float::Functions,
-    few: &'static few::Functions,
+    decode_attention: &'static decode_attention::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
     /// Those of a matrix unit for floats.

@@ -1,7 +1,7 @@
 //! Plain code for every CPU: the reference of the other kernels' tests, written to be read.
 
 use super::rows::{Listed, WeightRows};
-use super::{Functions, Isa, PANEL_ROWS, Panel, Q8Row, Q8Rows, few, float};
+use super::{Functions, Isa, PANEL_ROWS, Panel, Q8Row, Q8Rows, decode_attention, float};
 use crate::gguf::GgmlType;
 use crate::quant;
 
@@ -19,7 +19,7 @@ pub(super) static ISA: Isa = Isa {
         gemm,
         columns: super::columns::scalar,
         float: &float::PORTABLE,
-        few: &few::FEW,
+        decode_attention: &decode_attention::DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },

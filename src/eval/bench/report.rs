@@ -50,9 +50,11 @@ pub struct Report {
     pub median_ts: f64,
     /// Weight bytes that a generated token read, skipped ones left out, times the median speed; of generation only.
     pub weight_gbps: Option<f64>,
+    /// Likewise the bytes of the key/value cache that it read.
+    pub kv_gbps: Option<f64>,
     /// Median of reading 1 GiB with the same threads, before, between and after the repetitions; of generation.
     pub sweep_gbps: Option<f64>,
-    /// `weight_gbps / sweep_gbps`
+    /// `(weight_gbps + kv_gbps) / sweep_gbps`
     pub sweep_share: Option<f64>,
     /// Integer operations of the matrix products, two a weight and token, times the median speed, 1e12 a second; of
     /// prompts only.
@@ -96,7 +98,8 @@ impl Report {
         let stats = &run.stats;
         let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
         let read = model.decode_bytes() as f64 - model.ffn_bytes() as f64 * stats.weighted_share(ffn_bytes);
-        let weight_gbps = (run.test.generate > 0).then_some(read * median_ts / 1e9);
+        let gbps = |bytes: f64| (run.test.generate > 0).then_some(bytes * median_ts / 1e9);
+        let (weight_gbps, kv_gbps) = (gbps(read), gbps(kv_bytes(run)));
         let sweep_gbps = (!run.sweeps.is_empty()).then(|| median(&run.sweeps) / 1e9);
         let peak_tops = (!run.peaks.is_empty()).then(|| median(&run.peaks) / 1e12);
         let tops = (run.test.prompt > 0).then(|| operations(run) * median_ts / tokens / 1e12);
@@ -132,8 +135,9 @@ impl Report {
             test: run.test.name(),
             median_ts,
             weight_gbps,
+            kv_gbps,
             sweep_gbps,
-            sweep_share: weight_gbps.zip(sweep_gbps).map(|(weights, sweep)| weights / sweep),
+            sweep_share: weight_gbps.zip(kv_gbps).zip(sweep_gbps).map(|((w, kv), sweep)| (w + kv) / sweep),
             tops,
             peak_tops,
             peak_share: tops.zip(peak_tops).map(|(tops, peak)| tops / peak),
@@ -175,6 +179,12 @@ fn operations(run: &Run<'_>) -> f64 {
 
 fn parameters(model: &Model) -> u64 {
     model.weights().tensors().map(|t| t.shape.iter().product::<u64>()).sum()
+}
+
+/// Bytes of the key/value cache that a generated token read, on average: each looks back on one position more.
+fn kv_bytes(run: &Run<'_>) -> f64 {
+    let (cache, seen) = (run.state.kv(), run.test.depth as f64 + (run.test.generate as f64 + 1.0) / 2.0);
+    cache.bytes() as f64 / cache.context() as f64 * seen
 }
 
 /// `llama 135M Q4_1`: the type is the one that most weights have.

@@ -3,7 +3,7 @@
 mod columns;
 mod tiles;
 
-use super::few::Rows;
+use super::decode_attention::Rows;
 use super::*;
 use crate::quant::{is_quantised, quantize_row};
 

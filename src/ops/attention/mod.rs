@@ -2,10 +2,10 @@
 //!
 //! For each head the keys are visited in tiles of [`TILE`] positions. A running maximum and sum turn
 //! the tiles' scores into the exact softmax without holding all of them (Milakov and Gimelshein
-//! 2018; Dao et al. 2022). One or a few queries read the cache in place ([`few`]); a prompt's many queries
+//! 2018; Dao et al. 2022). One or a few queries read the cache in place ([`decode`]); a prompt's many queries
 //! widen each tile to f32 once and multiply matrices.
 
-mod few;
+mod decode;
 
 use std::ops::Range;
 
@@ -76,7 +76,7 @@ pub struct Seen<C> {
 pub struct AttentionScratch {
     threads: Vec<ThreadScratch>,
     /// Of tiles that different threads took.
-    tiles: few::TileSums,
+    tiles: decode::TileSums,
 }
 
 /// A thread's buffers.
@@ -89,21 +89,21 @@ struct ThreadScratch {
     tiles: AttentionTiles,
     /// Running maximum and sum of each query row.
     running: Vec<(f32, f32)>,
-    few: few::Scratch,
+    decode: decode::Scratch,
 }
 
 impl AttentionScratch {
     /// For decoding on `threads`; more rows at once grow it.
     pub fn new(threads: usize, shape: Shape) -> Self {
         let threads = (0..threads).map(|_| ThreadScratch::new(shape)).collect();
-        Self { threads, tiles: few::TileSums::new(shape) }
+        Self { threads, tiles: decode::TileSums::new(shape) }
     }
 }
 
 impl ThreadScratch {
     fn new(shape: Shape) -> Self {
         let mut scratch = Self::default();
-        scratch.few.reserve(shape.group(), shape.head_dim);
+        scratch.decode.reserve(shape.group(), shape.head_dim);
         scratch
     }
 
@@ -137,10 +137,10 @@ pub fn attention<C: CacheTile + Copy>(
         let (q, out) = (&q[row * q_stride..], &mut out[row * cols..][..rows * cols]);
         match seen {
             [seen] if seen.rows <= MAX_ALONE => {
-                few::one_sequence(on, shape, (q, q_stride), seen, out, scratch)
+                decode::one_sequence(on, shape, (q, q_stride), seen, out, scratch)
             }
             [seen] => prompt(on, shape, (q, q_stride), seen, out, scratch),
-            seen => few::one_row_each(on, shape, (q, q_stride), seen, out, scratch),
+            seen => decode::one_row_each(on, shape, (q, q_stride), seen, out, scratch),
         }
         row += rows;
     }
@@ -425,7 +425,7 @@ mod tests {
             (0..n).map(|_| next()).collect()
         };
         for (heads, kv_heads, dim, first, rows) in
-            [(9, 3, 64, 700, 3), (5, 5, 16, TILE - 2, 4), (4, 1, 16, 2 * few::WAITING * TILE + 100, 2)]
+            [(9, 3, 64, 700, 3), (5, 5, 16, TILE - 2, 4), (4, 1, 16, 2 * decode::WAITING * TILE + 100, 2)]
         {
             let (shape, capacity) = (Shape { heads, kv_heads, head_dim: dim }, first + rows);
             let k = Plain(random(kv_heads * capacity * dim), capacity, dim, true);

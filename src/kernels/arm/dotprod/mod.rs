@@ -24,7 +24,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &neon::FLOAT,
-        few: &neon::FEW,
+        decode_attention: &neon::DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },

@@ -22,7 +22,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns: dotprod::columns,
         float: &neon::FLOAT,
-        few: &neon::FEW,
+        decode_attention: &neon::DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },

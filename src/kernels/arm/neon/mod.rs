@@ -32,7 +32,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &FLOAT,
-        few: &FEW,
+        decode_attention: &DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },
@@ -125,9 +125,9 @@ mod widening {
     }
 }
 
-crate::kernels::few::instantiate!(crate::kernels::arm::neon::floats, ["neon"]);
+crate::kernels::decode_attention::instantiate!(crate::kernels::arm::neon::floats, ["neon"]);
 
-/// Vectors of `few`.
+/// Vectors of attention.
 mod floats {
     use std::arch::aarch64::*;
     use std::arch::asm;

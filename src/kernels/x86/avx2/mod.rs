@@ -32,7 +32,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm,
         columns,
         float: &FLOAT,
-        few: &FEW,
+        decode_attention: &DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },
@@ -190,9 +190,9 @@ mod maddubs {
     static ONES: Ones = Ones([1; 16]);
 }
 
-crate::kernels::few::instantiate!(crate::kernels::x86::avx2::floats, ["avx2", "fma", "f16c"]);
+crate::kernels::decode_attention::instantiate!(crate::kernels::x86::avx2::floats, ["avx2", "fma", "f16c"]);
 
-/// Vectors of `few`.
+/// Vectors of attention.
 pub(in crate::kernels::x86) mod floats {
     use std::arch::x86_64::*;
 

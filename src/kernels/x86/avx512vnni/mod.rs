@@ -35,18 +35,18 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         gemm: gemm::gemm,
         columns: columns::columns,
         float: &FLOAT,
-        few: &FEW,
+        decode_attention: &DECODE_ATTENTION,
         tiles: None,
         attention: None,
     },
 };
 
-crate::kernels::few::instantiate!(
+crate::kernels::decode_attention::instantiate!(
     crate::kernels::x86::avx512vnni::floats,
     ["avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"]
 );
 
-/// Vectors of `few`.
+/// Vectors of attention.
 mod floats {
     use std::arch::x86_64::*;
 

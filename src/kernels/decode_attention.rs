@@ -66,14 +66,14 @@ impl Kernels {
     pub fn dots_of_rows(&self, q: Rows<'_>, keys: &[f32], out: (&mut [f32], usize)) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.few.dots)(q, keys, out) }
+        unsafe { (self.isa.functions.decode_attention.dots)(q, keys, out) }
     }
 
     /// [`dots_of_rows`](Self::dots_of_rows) with keys in half precision (bits).
     pub fn dots_f16_of_rows(&self, q: Rows<'_>, keys: &[u16], out: (&mut [f32], usize)) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.few.dots_f16)(q, keys, out) }
+        unsafe { (self.isa.functions.decode_attention.dots_f16)(q, keys, out) }
     }
 
     /// `out += sum of weights[i] * values[i]` for values as long as `out`, one behind the other.
@@ -91,14 +91,14 @@ impl Kernels {
     pub fn add_weighted_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[f32]) {
         weights.check_values(values.len(), out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.few.add_weighted)(out, weights, values) }
+        unsafe { (self.isa.functions.decode_attention.add_weighted)(out, weights, values) }
     }
 
     /// [`add_weighted_rows`](Self::add_weighted_rows) with values in half precision (bits).
     pub fn add_weighted_f16_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[u16]) {
         weights.check_values(values.len(), out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.few.add_weighted_f16)(out, weights, values) }
+        unsafe { (self.isa.functions.decode_attention.add_weighted_f16)(out, weights, values) }
     }
 }
 
@@ -290,13 +290,13 @@ macro_rules! products {
 }
 pub(super) use products;
 
-/// A [`Functions`] called `FEW`, compiled with `$feature`s: see [`products`].
+/// A [`Functions`] called `DECODE_ATTENTION`, compiled with `$feature`s: see [`products`].
 macro_rules! instantiate {
     ($vector:path, [$($feature:literal),*]) => {
-        pub(in crate::kernels) static FEW: $crate::kernels::few::Functions = {
-            use $crate::kernels::few::{Functions, KEPT, KEYS, Rows, fetch_behind, padded, rows_at_once};
-            $crate::kernels::few::products!(dots, add_weighted, f32, load, $vector, [$($feature),*]);
-            $crate::kernels::few::products!(dots_f16, add_weighted_f16, u16, widen, $vector, [$($feature),*]);
+        pub(in crate::kernels) static DECODE_ATTENTION: $crate::kernels::decode_attention::Functions = {
+            use $crate::kernels::decode_attention::{Functions, KEPT, KEYS, Rows, fetch_behind, padded, rows_at_once};
+            $crate::kernels::decode_attention::products!(dots, add_weighted, f32, load, $vector, [$($feature),*]);
+            $crate::kernels::decode_attention::products!(dots_f16, add_weighted_f16, u16, widen, $vector, [$($feature),*]);
             Functions { dots, dots_f16, add_weighted, add_weighted_f16 }
         };
     };
@@ -360,4 +360,4 @@ mod portable {
     }
 }
 
-instantiate!(crate::kernels::few::portable, []);
+instantiate!(crate::kernels::decode_attention::portable, []);

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{AttentionScratch, CacheTile, Seen, Shape, Stored, TILE, ThreadScratch, max, scaled_queries};
 use crate::kernels::Kernels;
-use crate::kernels::few::Rows;
+use crate::kernels::decode_attention::Rows;
 use crate::ops::Compute;
 
 /// Tiles of a head whose sums wait in memory; those of longer contexts are added to the totals so many at a time.
@@ -132,9 +132,9 @@ pub(super) fn one_sequence<C: CacheTile + Copy>(
     }
     let n = shape.group() * shape.head_dim;
     on.team.for_tiles(out, shape.kv_heads * n, (seen.rows, n), &mut scratch.threads, |scratch, mut tile| {
-        let few = Few { shape, first: seen.first, rows: seen.rows, kv_head: tile.cols().start / n };
-        let total = few.all(on.kernels, q, seen, scratch);
-        (0..seen.rows).for_each(|t| few.finish(&total, t, tile.row(t)));
+        let queries = Queries { shape, first: seen.first, rows: seen.rows, kv_head: tile.cols().start / n };
+        let total = queries.all(on.kernels, q, seen, scratch);
+        (0..seen.rows).for_each(|t| queries.finish(&total, t, tile.row(t)));
     });
 }
 
@@ -150,7 +150,7 @@ fn by_tiles<C: CacheTile + Copy>(
     let (rows, dim, end) = (seen.rows * shape.group(), shape.head_dim, seen.first + seen.rows);
     scratch.tiles.reserve(shape, seen.rows);
     let len = Sums::len(rows, dim);
-    let of_head = |kv_head| Few { shape, first: seen.first, rows: seen.rows, kv_head };
+    let of_head = |kv_head| Queries { shape, first: seen.first, rows: seen.rows, kv_head };
     let totals = &mut scratch.tiles.totals[..shape.kv_heads * len];
     totals.chunks_exact_mut(len).for_each(|total| Sums::of(total, rows, dim).clear());
     for from in (0..end).step_by(WAITING * TILE) {
@@ -159,10 +159,10 @@ fn by_tiles<C: CacheTile + Copy>(
         on.team.for_tiles(tiles, len, (1, len), &mut scratch.threads, |scratch, mut tile| {
             let i = tile.rows().start;
             let from = from + i % n * TILE;
-            let few = of_head(i / n);
-            few.begin(q, &mut scratch.few);
+            let queries = of_head(i / n);
+            queries.begin(q, &mut scratch.decode);
             let (positions, sums) = (from..(from + TILE).min(end), Sums::of(tile.row(i), rows, dim));
-            few.tile(on.kernels, positions, seen, &mut scratch.few.work, sums);
+            queries.tile(on.kernels, positions, seen, &mut scratch.decode.work, sums);
         });
         on.team.for_plain_tiles(totals, len, (1, len), |mut tile| {
             let head = tile.rows().start;
@@ -193,15 +193,15 @@ pub(super) fn one_row_each<C: CacheTile + Copy>(
     on.team.for_tiles(out, shape.kv_heads * n, (rows, n), &mut scratch.threads, |scratch, mut tile| {
         let kv_head = tile.cols().start / n;
         for row in tile.rows() {
-            let few = Few { shape, first: seen[row].first, rows: 1, kv_head };
-            let total = few.all(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch);
-            few.finish(&total, 0, tile.row(row));
+            let queries = Queries { shape, first: seen[row].first, rows: 1, kv_head };
+            let total = queries.all(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch);
+            queries.finish(&total, 0, tile.row(row));
         }
     });
 }
 
 /// The queries of a few tokens for the heads that share a key/value head: rows of `[token][head]`.
-struct Few {
+struct Queries {
     shape: Shape,
     /// Position of the first token.
     first: usize,
@@ -210,7 +210,7 @@ struct Few {
     kv_head: usize,
 }
 
-impl Few {
+impl Queries {
     fn begin(&self, q: (&[f32], usize), scratch: &mut Scratch) {
         let group = self.shape.group();
         scratch.reserve(self.rows * group, self.shape.head_dim);
@@ -226,8 +226,8 @@ impl Few {
         scratch: &'s mut ThreadScratch,
     ) -> Sums<'s> {
         let (rows, dim, end) = (self.rows * self.shape.group(), self.shape.head_dim, self.first + self.rows);
-        self.begin(q, &mut scratch.few);
-        let Scratch { work, tile, total } = &mut scratch.few;
+        self.begin(q, &mut scratch.decode);
+        let Scratch { work, tile, total } = &mut scratch.decode;
         let mut total = Sums::of(total, rows, dim);
         total.clear();
         for from in (0..end).step_by(TILE) {
