@@ -2,7 +2,7 @@
 //!
 //! For each head the keys are visited in tiles of [`TILE`] positions. A running maximum and sum turn
 //! the tiles' scores into the exact softmax without holding all of them (Milakov and Gimelshein
-//! 2018; Dao et al. 2022). One or a few queries read the cache in place ([`decode`]); a prompt's many queries
+//! 2018; Dao et al. 2022). One or a few queries read the cache in place (`decode`); a prompt's many queries
 //! widen each tile to f32 once and multiply matrices.
 
 mod decode;
