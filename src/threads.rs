@@ -18,9 +18,9 @@
 //! claimed in this one, so the leader has one word to write to begin an operation.
 //!
 //! A chunk is claimed by a compare-and-swap of the whole word of a share with something left. It can only succeed for the
-//! operation it was read for: to end that, all of the share must have been claimed, which changes its word; and that the word is not of a
-//! later operation is seen in `state`, read once more after the word. Since the leader waits for every claimed chunk, the job that
-//! a successful claim belongs to is alive until that chunk is counted in `done`.
+//! operation it was read for: to end that, all of the share must have been claimed, which changes its word; and that the
+//! word is not of a later operation is seen in `state`, read once more after the word. Since the leader waits for every
+//! claimed chunk, the job that a successful claim belongs to is alive until that chunk is counted in `done`.
 
 mod affinity;
 

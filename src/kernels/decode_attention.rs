@@ -4,7 +4,7 @@
 //! others, nor on how many keys there are.
 
 use super::Kernels;
-use super::fetch::{LINE, fetch_line};
+use super::fetch::fetch_run;
 
 /// The functions of one instruction set; `unsafe` to call where the CPU lacks it.
 pub(super) struct Functions {
@@ -309,9 +309,7 @@ const AHEAD: usize = 2048;
 /// Asks for what lies [`AHEAD`] of `numbers`.
 #[inline(always)]
 pub(super) fn fetch_behind<T>(numbers: &[T]) {
-    for at in (0..size_of_val(numbers)).step_by(LINE) {
-        fetch_line(numbers.as_ptr().cast::<u8>().wrapping_add(AHEAD + at));
-    }
+    fetch_run(numbers.as_ptr().cast::<u8>().wrapping_add(AHEAD), size_of_val(numbers));
 }
 
 /// Numbers with zeros behind them.

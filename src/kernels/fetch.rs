@@ -38,8 +38,14 @@ pub(super) const LINE: usize = 64;
 /// Asks for `bytes`.
 #[inline(always)]
 pub(super) fn fetch(bytes: &[u8]) {
-    for line in bytes.chunks(LINE) {
-        fetch_line(line.as_ptr());
+    fetch_run(bytes.as_ptr(), bytes.len());
+}
+
+/// Asks for so many bytes from `at` on, wherever that is.
+#[inline(always)]
+pub(super) fn fetch_run(at: *const u8, bytes: usize) {
+    for line in (0..bytes).step_by(LINE) {
+        fetch_line(at.wrapping_add(line));
     }
 }
 

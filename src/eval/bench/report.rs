@@ -181,7 +181,8 @@ fn parameters(model: &Model) -> u64 {
     model.weights().tensors().map(|t| t.shape.iter().product::<u64>()).sum()
 }
 
-/// Bytes of the key/value cache that a generated token read, on average: each looks back on one position more.
+/// Bytes of the key/value cache that a generated token reads in all layers (policies that drop some read less), on average: each
+/// token looks back on one position more.
 fn kv_bytes(run: &Run<'_>) -> f64 {
     let (cache, seen) = (run.state.kv(), run.test.depth as f64 + (run.test.generate as f64 + 1.0) / 2.0);
     cache.bytes() as f64 / cache.context() as f64 * seen

@@ -132,7 +132,7 @@ pub(super) fn one_sequence<C: CacheTile + Copy>(
     }
     let n = shape.group() * shape.head_dim;
     on.team.for_tiles(out, shape.kv_heads * n, (seen.rows, n), &mut scratch.threads, |scratch, mut tile| {
-        let queries = Queries { shape, first: seen.first, rows: seen.rows, kv_head: tile.cols().start / n };
+        let queries = Queries::new(shape, seen, tile.cols().start / n);
         let total = queries.all(on.kernels, q, seen, scratch);
         (0..seen.rows).for_each(|t| queries.finish(&total, t, tile.row(t)));
     });
@@ -150,7 +150,6 @@ fn by_tiles<C: CacheTile + Copy>(
     let (rows, dim, end) = (seen.rows * shape.group(), shape.head_dim, seen.first + seen.rows);
     scratch.tiles.reserve(shape, seen.rows);
     let len = Sums::len(rows, dim);
-    let of_head = |kv_head| Queries { shape, first: seen.first, rows: seen.rows, kv_head };
     let totals = &mut scratch.tiles.totals[..shape.kv_heads * len];
     totals.chunks_exact_mut(len).for_each(|total| Sums::of(total, rows, dim).clear());
     for from in (0..end).step_by(WAITING * TILE) {
@@ -159,7 +158,7 @@ fn by_tiles<C: CacheTile + Copy>(
         on.team.for_tiles(tiles, len, (1, len), &mut scratch.threads, |scratch, mut tile| {
             let i = tile.rows().start;
             let from = from + i % n * TILE;
-            let queries = of_head(i / n);
+            let queries = Queries::new(shape, seen, i / n);
             queries.begin(q, &mut scratch.decode);
             let (positions, sums) = (from..(from + TILE).min(end), Sums::of(tile.row(i), rows, dim));
             queries.tile(on.kernels, positions, seen, &mut scratch.decode.work, sums);
@@ -174,7 +173,7 @@ fn by_tiles<C: CacheTile + Copy>(
     for (i, out) in out.chunks_exact_mut(n).enumerate() {
         let (token, head) = (i / shape.kv_heads, i % shape.kv_heads);
         let total = Sums::of(&mut totals[head * len..][..len], rows, dim);
-        of_head(head).finish(&total, token, out);
+        Queries::new(shape, seen, head).finish(&total, token, out);
     }
 }
 
@@ -193,7 +192,7 @@ pub(super) fn one_row_each<C: CacheTile + Copy>(
     on.team.for_tiles(out, shape.kv_heads * n, (rows, n), &mut scratch.threads, |scratch, mut tile| {
         let kv_head = tile.cols().start / n;
         for row in tile.rows() {
-            let queries = Queries { shape, first: seen[row].first, rows: 1, kv_head };
+            let queries = Queries::new(shape, &seen[row], kv_head);
             let total = queries.all(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch);
             queries.finish(&total, 0, tile.row(row));
         }
@@ -211,6 +210,10 @@ struct Queries {
 }
 
 impl Queries {
+    fn new<C>(shape: Shape, seen: &Seen<C>, kv_head: usize) -> Self {
+        Self { shape, first: seen.first, rows: seen.rows, kv_head }
+    }
+
     fn begin(&self, q: (&[f32], usize), scratch: &mut Scratch) {
         let group = self.shape.group();
         scratch.reserve(self.rows * group, self.shape.head_dim);

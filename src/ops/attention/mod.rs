@@ -166,9 +166,9 @@ fn prompt<C: CacheTile + Copy>(
         let block = Block { shape, first: seen.first, head, tokens: tile.rows() };
         block.begin(q, scratch);
         if by_tiles {
-            block.by_tiles(on.kernels, &seen.keys, &seen.values, scratch);
+            block.by_tiles(on.kernels, seen, scratch);
         } else {
-            block.widened(on.kernels, &seen.keys, &seen.values, scratch);
+            block.widened(on.kernels, seen, scratch);
         }
         for (t, out) in tile.rows().zip(scratch.out.chunks_exact(group * dim)) {
             tile.row(t).copy_from_slice(out);
@@ -216,19 +216,13 @@ impl Block {
     }
 
     /// All of a block by f32 products.
-    fn widened(
-        &self,
-        kernels: Kernels,
-        keys: &impl CacheTile,
-        values: &impl CacheTile,
-        scratch: &mut ThreadScratch,
-    ) {
+    fn widened(&self, kernels: Kernels, seen: &Seen<impl CacheTile>, scratch: &mut ThreadScratch) {
         let (dim, rows) = (self.shape.head_dim, self.rows());
         scratch.out[..rows * dim].fill(0.0);
         scratch.running[..rows].fill((f32::NEG_INFINITY, 0.0));
         let end = self.first + self.tokens.end;
         for from in (0..end).step_by(TILE) {
-            self.tile_widened(kernels, from..(from + TILE).min(end), keys, values, scratch);
+            self.tile_widened(kernels, from..(from + TILE).min(end), seen, scratch);
         }
         for (row, &(_, sum)) in scratch.out.chunks_exact_mut(dim).zip(&scratch.running[..rows]) {
             row.iter_mut().for_each(|o| *o /= sum);
@@ -242,13 +236,7 @@ impl Block {
     }
 
     /// All of a block by a matrix unit.
-    fn by_tiles(
-        &self,
-        kernels: Kernels,
-        keys: &impl CacheTile,
-        values: &impl CacheTile,
-        scratch: &mut ThreadScratch,
-    ) {
+    fn by_tiles(&self, kernels: Kernels, seen: &Seen<impl CacheTile>, scratch: &mut ThreadScratch) {
         let (dim, rows) = (self.shape.head_dim, self.rows());
         let ThreadScratch { queries, out, wide, tiles, .. } = scratch;
         let (begin, end) = (self.first + self.tokens.start, self.first + self.tokens.end);
@@ -256,9 +244,9 @@ impl Block {
         for from in (0..end).step_by(TILE) {
             let positions = from..(from + TILE).min(end);
             let wide = &mut wide[..positions.len() * dim];
-            keys.widen(kernels, self.kv_head(), positions.clone(), wide);
+            seen.keys.widen(kernels, self.kv_head(), positions.clone(), wide);
             kernels.take_keys(wide, tiles);
-            values.widen(kernels, self.kv_head(), positions, wide);
+            seen.values.widen(kernels, self.kv_head(), positions, wide);
             kernels.take_values(wide, tiles);
             kernels.attend(from, tiles);
         }
@@ -269,15 +257,14 @@ impl Block {
         &self,
         kernels: Kernels,
         positions: Range<usize>,
-        keys: &impl CacheTile,
-        values: &impl CacheTile,
+        seen: &Seen<impl CacheTile>,
         scratch: &mut ThreadScratch,
     ) {
         let (dim, n) = (self.shape.head_dim, positions.len());
         let rows = self.rows();
         let ThreadScratch { queries, scores, out, wide, running, .. } = scratch;
         let wide = &mut wide[..n * dim];
-        keys.widen(kernels, self.kv_head(), positions.clone(), wide);
+        seen.keys.widen(kernels, self.kv_head(), positions.clone(), wide);
         let queries = View::rows(&queries[..rows * dim], dim);
         kernels.gemm_f32(queries, View::rows(wide, dim).transposed(), 0.0, scores, TILE);
         for row in 0..rows {
@@ -286,7 +273,7 @@ impl Block {
             softmax_step(kernels, weights, &mut running[row], &mut out[row * dim..][..dim]);
             hidden.fill(0.0);
         }
-        values.widen(kernels, self.kv_head(), positions, wide);
+        seen.values.widen(kernels, self.kv_head(), positions, wide);
         let weights = View::rows(&scores[..rows * TILE], TILE).first_cols(n);
         kernels.gemm_f32(weights, View::rows(wide, dim), 1.0, out, dim);
     }
