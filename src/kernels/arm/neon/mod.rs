@@ -9,7 +9,6 @@ pub(super) mod dot;
 pub(super) mod gemm;
 
 use std::arch::aarch64::*;
-use std::arch::asm;
 use std::ops::Range;
 
 use crate::gguf::GgmlType;
