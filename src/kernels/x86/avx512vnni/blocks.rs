@@ -9,7 +9,7 @@
 
 use std::arch::x86_64::*;
 
-use crate::kernels::x86::{IQ4_VALUES, part, scales_mins_k4, scales_q3_k, word};
+use crate::kernels::x86::{IQ4_VALUES, part, scales_q3_k, word};
 
 /// Four blocks A, B, C, D of 32 weights: `low` holds the first halves `A0..16 B0..16 C0..16 D0..16`, `high` the second
 /// halves, so a lane of four bytes belongs to block `lane / 4` in both.
@@ -349,15 +349,32 @@ pub(super) fn q4_k(b: &[u8; 144]) -> Super {
 pub(super) fn k4_scales<const BYTES: usize>([a, b]: [&[u8; BYTES]; 2]) -> Scales {
     const FIRST: [i32; 16] = two_halves(0, 2);
     const SECOND: [i32; 16] = two_halves(1, 3);
-    let ((scales_a, mins_a), (scales_b, mins_b)) =
-        (scales_mins_k4(part::<4, 12>(a)), scales_mins_k4(part::<4, 12>(b)));
-    let both = |a: u64, b: u64| floats(_mm_set_epi64x(b as i64, a as i64));
+    // Four double words of each row: d and dmin as halves, then three with the low six bits of what belongs to groups 0 to
+    // 3 and the low four of the others', whose upper two bits are at the top of the bytes before.
+    let heads = _mm256_inserti128_si256::<1>(
+        _mm256_castsi128_si256(load16(part::<0, 16>(a))),
+        load16(part::<0, 16>(b)),
+    );
+    let four = |first, second| _mm256_setr_epi32(first, second, first, second, first, second, first, second);
+    let low = _mm256_shuffle_epi32::<0b11_10_11_01>(heads);
+    let low = _mm256_srlv_epi32(low, _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4));
+    let high = _mm256_srli_epi32::<2>(_mm256_shuffle_epi32::<0b10_10_01_01>(heads));
+    let groups = _mm256_or_si256(
+        _mm256_and_si256(low, four(0x3f3f_3f3f, 0x0f0f_0f0f)),
+        _mm256_and_si256(high, four(0, 0x3030_3030)),
+    );
+    // Scales of both rows, then their minima.
+    let groups = _mm256_permute4x64_epi64::<0b11_01_10_00>(groups);
     // `d, -dmin` of each row.
-    let start = |b| i32::from_le_bytes(*part::<0, 4>(b)) ^ i32::MIN;
-    let d = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_setr_epi32(start(a), start(b), 0, 0)));
+    let d = _mm256_permutevar8x32_epi32(heads, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    let d = _mm_cvtph_ps(_mm_xor_si128(_mm256_castsi256_si128(d), _mm_set1_epi32(i32::MIN)));
+    let d = _mm512_castps128_ps512(d);
     Scales {
-        scale: _mm512_mul_ps(both(scales_a, scales_b), _mm512_permutexvar_ps(lanes(&FIRST), d)),
-        min: _mm512_mul_ps(both(mins_a, mins_b), _mm512_permutexvar_ps(lanes(&SECOND), d)),
+        scale: _mm512_mul_ps(floats(_mm256_castsi256_si128(groups)), _mm512_permutexvar_ps(lanes(&FIRST), d)),
+        min: _mm512_mul_ps(
+            floats(_mm256_extracti128_si256::<1>(groups)),
+            _mm512_permutexvar_ps(lanes(&SECOND), d),
+        ),
     }
 }
 

@@ -4,11 +4,12 @@
 #![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
 
 use std::arch::x86_64::*;
+use std::cell::RefCell;
 
 use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
 use crate::gguf::GgmlType;
 use crate::kernels::rows::{Consecutive, Listed, WeightRows};
-use crate::kernels::x86::each_four_tokens;
+use crate::kernels::x86::{each_four_tokens, is_amd};
 use crate::kernels::{Activations, Q8Row};
 
 /// Rows that go through the blocks together: they share the activations' rearrangement, and their
@@ -18,11 +19,13 @@ const ROWS: usize = 4;
 /// Least distance in bytes between what is multiplied and what is fetched: the bytes that one core's
 /// share of the bandwidth brings in while a line is under way.
 const PREFETCH: usize = 4096;
+/// Most bytes of rows that are multiplied together for the next ones to be fetched into L1.
+const NEAR: usize = 6144;
 /// Bytes of a cache line, and by how many the second request for one trails the first.
 const LINE: usize = 64;
 const AGAIN: usize = 4 * LINE;
 
-/// Activations for a step: `q` bytes in the order of the type's, `start` where the integer sum of each begins (minus the
+/// Activations for a step, prepared once for all rows: `q` bytes in the order of the type's, `start` where the integer sum of each begins (minus the
 /// zero point times the activations, spread over a group's lanes anyhow); and for each row that [`Scales`] has room for,
 /// in the same lanes as there, the scale of each group and `scale * sum`, by which a minimum counts.
 #[derive(Clone, Copy)]
@@ -351,7 +354,7 @@ fn reduce4(a: &[__m512; 4]) -> [f32; 4] {
 /// blocks; `$step(weights, acts, scales, row, acc)` adds the products of those with what `$read(bytes)` made of a row's
 /// weights. `$min`: whether the type has minima.
 macro_rules! dot_rows {
-    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $together:literal, $min:literal, $scales:expr, $read:path, $step:expr) => {
+    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $together:literal: $($first:literal)+, $min:literal, $scales:expr, $read:path, $step:expr) => {
         // Not inlined: one function for all types would run out of registers.
         #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -359,151 +362,151 @@ macro_rules! dot_rows {
             // Loops, not `array::map`: the standard library is compiled without these features, so closures with
             // intrinsics are not inlined into it.
 
-            /// The activations of every token from column `at` on.
-            #[inline]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn acts<const T: usize>(x: &[Q8Row<'_>; T], at: usize) -> [Acts<{ $cols / 64 }>; T] {
-                let mut acts = [$acts(&x[0], at); T];
-                for t in 1..T {
-                    acts[t] = $acts(&x[t], at);
-                }
-                acts
-            }
-
-            /// Adds a step of some rows.
-            #[inline]
-            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-            fn add<const R: usize, const T: usize>(
-                rows: [&[u8; $bytes]; R],
-                acts: &[Acts<{ $cols / 64 }>; T],
-                ahead: *const u8,
-                sums: &mut Sums<T>,
-            ) {
-                let mut first = 0;
-                while first < R {
-                    let mut together = [rows[first]; $together];
-                    for i in 0..$together {
-                        together[i] = rows[(first + i).min(R - 1)];
-                    }
-                    let w: Scales = $scales(together);
-                    let mut scale = [w.scale; T];
-                    for t in 0..T {
-                        scale[t] = _mm512_mul_ps(w.scale, acts[t].scale);
-                        if $min {
-                            sums.add_min::<$together>(t, first, w.min, acts[t].sum);
-                        }
-                    }
-                    for r in first..(first + $together).min(R) {
-                        prefetch(ahead, r * $bytes, $bytes);
-                        let weights = $read(rows[r]);
-                        for t in 0..T {
-                            sums.rows[t][r] = $step(&weights, &acts[t], scale[t], r - first, sums.rows[t][r]);
-                        }
-                    }
-                    first += $together;
-                }
-            }
-
-            /// The products of the `R` rows from `first` on with every token; those of missing rows are 0.
+            /// The products of the `R` rows from `first` on with every token, of whose activations `acts` has all steps.
             #[inline]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
             fn rows<'w, W: WeightRows<'w>, const R: usize, const T: usize>(
                 w: W,
                 first: usize,
-                x: &[Q8Row<'_>; T],
+                acts_of_steps: &[[Acts<{ $cols / 64 }>; T]],
             ) -> [[f32; ROWS]; T] {
                 let row_bytes = w.row_bytes();
-                let whole = row_bytes / $bytes;
-                let mut steps = [[].as_slice(); R];
+                let ahead = (R * row_bytes).max(PREFETCH);
+                let near = $bytes < $cols && R * row_bytes <= NEAR && is_amd();
+                let (mut steps, mut last) = ([[].as_slice(); R], [&[0; $bytes]; R]);
                 for r in 0..R {
-                    steps[r] = &w.row(first + r).as_chunks::<$bytes>().0[..whole];
+                    let row = w.row(first + r);
+                    steps[r] = &row.as_chunks::<$bytes>().0[..row_bytes / $bytes];
+                    last[r] = row.last_chunk().expect("a step");
                 }
                 let mut sums = Sums::new();
-                let ahead = (R * row_bytes).max(PREFETCH);
-                let mut step = [&[0; $bytes]; R];
-                for s in 0..whole {
+                for (s, acts) in acts_of_steps.iter().enumerate() {
+                    let mut step = [&[0; $bytes]; R];
+                    for r in 0..R {
+                        step[r] = if s < row_bytes / $bytes { &steps[r][s] } else { last[r] };
+                    }
                     // The next rows: fetched one after the other, so that their beginnings, where every stream is new,
                     // do not wait for memory.
-                    for r in 0..R {
-                        step[r] = &steps[r][s];
-                    }
                     let ahead = w.behind(first, ahead + s * R * $bytes);
-                    add(step, &acts(x, s * $cols), ahead, &mut sums);
-                }
-                let tail = row_bytes % $bytes;
-                if tail > 0 {
-                    prefetch(w.behind(first, ahead + R * whole * $bytes), 0, R * tail);
-                    let blocks = tail / ($bytes / 4);
-                    let mut acts = acts(x, (whole * $cols + blocks * 32).saturating_sub($cols));
-                    let mut padded = [[0u8; $bytes]; R];
-                    if whole > 0 {
-                        // The row's last step begins inside the one before: what that did counts nothing.
+                    // Written out for each group of rows: a loop stays one, and then the sums are in memory.
+                    $(if $first < R {
+                        const FIRST: usize = $first;
+                        let mut together = [step[FIRST]; $together];
+                        for i in 0..$together {
+                            together[i] = step[(FIRST + i).min(R - 1)];
+                        }
+                        let w: Scales = $scales(together);
+                        let mut scale = [w.scale; T];
                         for t in 0..T {
-                            acts[t].keep_last(blocks);
+                            scale[t] = _mm512_mul_ps(w.scale, acts[t].scale);
+                            if $min {
+                                sums.add_min::<$together>(t, FIRST, w.min, acts[t].sum);
+                            }
                         }
-                        for r in 0..R {
-                            step[r] = w.row(first + r).last_chunk().expect("more than a step");
+                        for r in FIRST..(FIRST + $together).min(R) {
+                            prefetch(ahead, r * $bytes, $bytes, near);
+                            let weights = $read(step[r]);
+                            for t in 0..T {
+                                sums.rows[t][r] = $step(&weights, &acts[t], scale[t], r - FIRST, sums.rows[t][r]);
+                            }
                         }
-                    } else {
-                        // A row of less than a step has zeros behind it.
-                        for r in 0..R {
-                            padded[r][..tail].copy_from_slice(w.row(first + r));
-                        }
-                        step = padded.each_ref();
-                    }
-                    add(step, &acts, w.row(first).as_ptr(), &mut sums);
+                    })+
                 }
                 sums.total::<$together, $min>()
             }
-            let (n, mut done) = (out[0].len(), 0);
-            while done < n {
-                if n - done >= ROWS {
-                    let sums = rows::<W, ROWS, T>(w, done, x);
-                    for t in 0..T {
-                        *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
+
+            /// The activations of every token, step by step.
+            #[inline]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn prepare<const T: usize>(row_bytes: usize, x: &[Q8Row<'_>; T], acts: &mut Vec<Acts<{ $cols / 64 }>>) {
+                acts.clear();
+                // The row's last step may begin inside the one before.
+                let tail = row_bytes % $bytes / ($bytes / 4);
+                for s in 0..row_bytes.div_ceil($bytes) {
+                    let whole = (s + 1) * $bytes <= row_bytes;
+                    for x in x {
+                        let mut of_step = $acts(x, if whole { s * $cols } else { (s * $cols + tail * 32) - $cols });
+                        if !whole {
+                            of_step.keep_last(tail);
+                        }
+                        acts.push(of_step);
                     }
-                    done += ROWS;
-                } else {
-                    let sums = rows::<W, 1, T>(w, done, x);
-                    for t in 0..T {
-                        out[t][done] = sums[t][0];
-                    }
-                    done += 1;
                 }
             }
+
+            /// The products of rows of less than a step, which get zeros behind them.
+            #[inline(never)]
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+            fn short<'w, W: WeightRows<'w>, const T: usize>(w: W, x: &[Q8Row<'_>; T], mut out: [&mut [f32]; T]) {
+                for i in 0..out[0].len() {
+                    let mut padded = [0u8; $bytes];
+                    padded[..w.row_bytes()].copy_from_slice(w.row(i));
+                    let one = Consecutive { weights: &padded, row_bytes: $bytes };
+                    $name(one, x, out.each_mut().map(|out| &mut out[i..i + 1]));
+                }
+            }
+
+            if w.row_bytes() < $bytes {
+                return short(w, x, out);
+            }
+            thread_local!(static ACTS: RefCell<Vec<Acts<{ $cols / 64 }>>> = const { RefCell::new(Vec::new()) });
+            ACTS.with_borrow_mut(|acts| {
+                prepare(w.row_bytes(), x, acts);
+                let acts = acts.as_chunks::<T>().0;
+                let (n, mut done) = (out[0].len(), 0);
+                while done < n {
+                    if n - done >= ROWS {
+                        let sums = rows::<W, ROWS, T>(w, done, acts);
+                        for t in 0..T {
+                            *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
+                        }
+                        done += ROWS;
+                    } else {
+                        let sums = rows::<W, 1, T>(w, done, acts);
+                        for t in 0..T {
+                            out[t][done] = sums[t][0];
+                        }
+                        done += 1;
+                    }
+                }
+            });
         }
     };
 }
 
 /// Asks for the lines of `bytes` bytes, `ahead` behind `w`: in L2, since L1 may be smaller than the rows that are
-/// multiplied in between. Each line is asked for twice, a little later again: that draws a quarter more from memory
-/// (docs/experiments.md, "Decoding on AVX-512").
+/// multiplied in between, and each twice, a little later again, which draws a quarter more from memory on Intel's CPUs; or,
+/// where that is faster (`near`), once and into L1 (docs/experiments.md, "Decoding on AVX-512").
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn prefetch(w: *const u8, ahead: usize, bytes: usize) {
+fn prefetch(w: *const u8, ahead: usize, bytes: usize, near: bool) {
     for line in (ahead.next_multiple_of(LINE)..ahead + bytes).step_by(LINE) {
         let at = w.wrapping_add(line).cast();
         #[allow(unused_unsafe)] // an unsafe function for older compilers
         // SAFETY: a prefetch of any address is allowed; it never faults.
         unsafe {
-            _mm_prefetch::<_MM_HINT_T1>(at);
-            _mm_prefetch::<_MM_HINT_T1>(at.wrapping_sub(AGAIN));
+            if near {
+                _mm_prefetch::<_MM_HINT_T0>(at);
+            } else {
+                _mm_prefetch::<_MM_HINT_T1>(at);
+                _mm_prefetch::<_MM_HINT_T1>(at.wrapping_sub(AGAIN));
+            }
         };
     }
 }
 
-dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4, false, blocks::q4_0_scales, blocks::q4_0, step4);
-dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4, false, blocks::q4_0_scales, blocks::iq4_nl, step4);
-dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4, true, blocks::q4_1_scales, blocks::q4_1, step4);
-dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4, false, blocks::q5_0_scales, blocks::q5_0, step4);
-dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4, true, blocks::q5_1_scales, blocks::q5_1, step4);
-dot_rows!(dot_q8_0, 128, 136, acts_q8_0, 4, false, blocks::q8_0_scales, blocks::q8_0, step_q8_0);
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1, true, blocks::q2_k_scales, blocks::q2_k, step_groups16);
-dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1, false, blocks::q3_k_scales, blocks::q3_k, step_groups16);
-dot_rows!(dot_q4_k, 256, 144, acts_k4, 2, true, blocks::k4_scales, blocks::q4_k, step_k4);
-dot_rows!(dot_q5_k, 256, 176, acts_k4, 2, true, blocks::k4_scales, blocks::q5_k, step_k4);
-dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1, false, blocks::q6_k_scales, blocks::q6_k, step_groups16);
-dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2, false, blocks::iq4_xs_scales, blocks::iq4_xs, step_iq4_xs);
+dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4: 0, false, blocks::q4_0_scales, blocks::q4_0, step4);
+dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4: 0, false, blocks::q4_0_scales, blocks::iq4_nl, step4);
+dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4: 0, true, blocks::q4_1_scales, blocks::q4_1, step4);
+dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4: 0, false, blocks::q5_0_scales, blocks::q5_0, step4);
+dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4: 0, true, blocks::q5_1_scales, blocks::q5_1, step4);
+dot_rows!(dot_q8_0, 128, 136, acts_q8_0, 4: 0, false, blocks::q8_0_scales, blocks::q8_0, step_q8_0);
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1: 0 1 2 3, true, blocks::q2_k_scales, blocks::q2_k, step_groups16);
+dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1: 0 1 2 3, false, blocks::q3_k_scales, blocks::q3_k, step_groups16);
+dot_rows!(dot_q4_k, 256, 144, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q4_k, step_k4);
+dot_rows!(dot_q5_k, 256, 176, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q5_k, step_k4);
+dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1: 0 1 2 3, false, blocks::q6_k_scales, blocks::q6_k, step_groups16);
+dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2: 0 2, false, blocks::iq4_xs_scales, blocks::iq4_xs, step_iq4_xs);
 
 /// `T` tokens from `t` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
