@@ -2,27 +2,26 @@
 #![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
 //!
 //! # Order
-//! A core reads at full speed where it follows several runs of kilobytes side by side and asks for them a few lines
-//! ahead (docs/experiments.md). So a group is not taken tile by tile, but eight columns at a time from their first to
-//! their last byte, while the integer sums of the strip's outputs wait in the cache.
+//! Group after group, tile after tile of the outputs, all chosen columns of the group: so sums never leave the registers,
+//! and a core follows as many runs as a group has columns. They are asked for a tile or two ahead, since that many runs
+//! are more than a CPU foresees by itself (docs/experiments.md).
 
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::blocks::lanes;
 use crate::kernels::columns::groups::{BYTES, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::kernels::columns::{Bundle, Chosen};
-use crate::kernels::x86::IQ4_VALUES;
-use crate::quant::columns::{Codes, ColumnStrip, STRIP, TILE};
+use crate::kernels::x86::{IQ4_VALUES, is_amd};
+use crate::quant::columns::{Codes, ColumnStrip, TILE};
 use crate::quant::zero_point;
 
-/// Bundles that are taken side by side: eight columns halve the traffic of the sums.
-const BESIDE: usize = 2;
-/// How many bytes ahead of its use a line is asked for.
-const AHEAD: usize = 8 * 64;
-/// The same of scales and mins.
-const SCALES_AHEAD: usize = 4 * 64;
+/// Most bundles of a group: it has 32 columns or 16.
+const BUNDLES: usize = 8;
+/// How many tiles ahead of their use columns are asked for.
+const AHEAD: usize = 3;
+/// Bytes of a cache line.
+const LINE: usize = 64;
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -35,10 +34,6 @@ pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Rang
     }
 }
 
-/// Integer sums of a group. Its first pass writes what its later ones read.
-#[repr(align(64))]
-struct Sums([MaybeUninit<i32>; STRIP]);
-
 /// A group and its chosen columns.
 #[derive(Clone, Copy)]
 struct Group<'a> {
@@ -46,9 +41,8 @@ struct Group<'a> {
     /// Its scales, its mins and its columns.
     bytes: &'a [u8],
     bundles: &'a [Bundle],
-    /// Its first column, and where that is.
-    first: u32,
-    columns: *const u8,
+    /// Where the columns of each bundle are.
+    columns: [[*const u8; 4]; BUNDLES],
     /// Scale of the activations.
     scale: f32,
     /// Sum of the activations.
@@ -65,66 +59,76 @@ impl<'a> Group<'a> {
     fn new(strip: &'a ColumnStrip<'a>, chosen: &Chosen<'a>, i: usize, from: usize) -> Self {
         let g = &chosen.groups[i];
         let bytes = &strip.groups[g.group as usize * strip.group_bytes..][..strip.group_bytes];
-        let scales = strip.group_bytes - strip.group_len * strip.column_bytes;
+        let first = bytes[strip.group_bytes - strip.group_len * strip.column_bytes..].as_ptr();
+        let bundles = &chosen.bundles[from..g.end as usize];
+        let mut columns = [[first; 4]; BUNDLES];
+        for n in 0..bundles.len() {
+            for j in 0..4 {
+                let in_group = bundles[n].cols[j] as usize - g.group as usize * strip.group_len;
+                columns[n][j] = first.wrapping_add(in_group * strip.column_bytes);
+            }
+        }
         Self {
             strip,
             bytes,
-            bundles: &chosen.bundles[from..g.end as usize],
-            first: g.group * strip.group_len as u32,
-            columns: bytes[scales..].as_ptr(),
+            bundles,
+            columns,
             scale: g.scale,
             sum: g.scale * g.sum as f32,
             start: -i32::from(zero_point(strip.ty)) * g.sum,
             fresh: i == 0,
         }
     }
-
-    /// Where the columns of the bundles from `at` on are, and how many there are: at most [`BESIDE`] bundles.
-    #[inline]
-    fn beside(&self, at: usize) -> ([[*const u8; 4]; BESIDE], usize) {
-        let mut columns = [[self.columns; 4]; BESIDE];
-        let n = (self.bundles.len() - at).min(BESIDE);
-        for i in 0..n {
-            for j in 0..4 {
-                let in_group = (self.bundles[at + i].cols[j] - self.first) as usize;
-                columns[i][j] = self.columns.wrapping_add(in_group * self.strip.column_bytes);
-            }
-        }
-        (columns, n)
-    }
 }
 
-/// Bundles of a group that are taken together.
-struct Pass<'g> {
+/// What is asked for while a tile is multiplied: a tile of this group or of the next.
+struct Ahead<'g> {
     group: &'g Group<'g>,
-    /// The first of them.
-    at: usize,
-    /// Whether they are the group's last; its first they are if `at` is 0.
-    last: bool,
-    columns: &'g [[*const u8; 4]; BESIDE],
-    /// The columns that come after them.
-    next: &'g [*const u8],
-    /// Where the low and the high parts of columns that are wanted begin and end.
-    parts: [(usize, usize); 2],
+    tile: usize,
+    /// Into L2 instead of L1. There an AMD core has many more lines under way, while Intel's reads faster into L1.
+    far: bool,
 }
 
-impl Pass<'_> {
-    /// Asks for what comes [`AHEAD`] of byte `at` of the low or high parts of `n` bundles.
+impl Ahead<'_> {
+    /// Asks for the columns of bundle `n`, if there is one.
     #[inline]
     #[target_feature(enable = "sse")]
-    fn fetch(&self, part: usize, at: usize, n: usize) {
-        let (begin, end) = self.parts[part];
-        let to = at + AHEAD.min(end - begin);
-        if to < end {
-            for i in 0..n {
-                for j in 0..4 {
-                    _mm_prefetch::<_MM_HINT_T0>(self.columns[i][j].wrapping_add(to).cast());
-                }
+    fn columns<const KIND: u8>(&self, n: usize) {
+        if n >= self.group.bundles.len() {
+            return;
+        }
+        let strip = self.group.strip;
+        let (low, lines) = if KIND == BYTES { (self.tile * TILE, 4) } else { (self.tile * TILE / 2, 2) };
+        for column in self.group.columns[n] {
+            for line in 0..lines {
+                self.line(column.wrapping_add(low + line * LINE));
             }
+            if let (Codes::Nibbles { high }, true) = (strip.codes, KIND == NIBBLES_AND_HIGH) {
+                self.line(column.wrapping_add(strip.low_bytes + self.tile * TILE * high / 8));
+            }
+        }
+    }
+
+    /// Asks for scales and mins.
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn scales(&self) {
+        let scales = self.group.bytes.as_ptr().wrapping_add(self.tile * TILE);
+        for at in (0..TILE).step_by(LINE) {
+            self.line(scales.wrapping_add(at));
+            if self.group.strip.has_min {
+                self.line(scales.wrapping_add(self.group.strip.width + at));
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "sse")]
+    fn line(&self, at: *const u8) {
+        if self.far {
+            _mm_prefetch::<_MM_HINT_T1>(at.cast());
         } else {
-            for column in self.next {
-                _mm_prefetch::<_MM_HINT_T0>(column.wrapping_add(to - end + begin).cast());
-            }
+            _mm_prefetch::<_MM_HINT_T0>(at.cast());
         }
     }
 }
@@ -135,63 +139,26 @@ fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, first: us
     if chosen.groups.is_empty() {
         return out.fill(0.0);
     }
-    let high = (High::new::<16>(strip), High::new::<8>(strip));
-    let (from, to) = (first, first + out.len());
-    let parts = match strip.codes {
-        Codes::Bytes => [(from, to), (0, 0)],
-        Codes::Table => [(from / 2, to / 2), (0, 0)],
-        Codes::Nibbles { high } => {
-            [(from / 2, to / 2), (strip.low_bytes + from * high / 8, strip.low_bytes + to * high / 8)]
-        }
-    };
-    let mut sums = Sums([MaybeUninit::uninit(); STRIP]);
+    let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
+    let (first, tiles, far) = (first / TILE, out.len().div_ceil(TILE), is_amd());
     let mut group = Group::new(strip, &chosen, 0, chosen.start as usize);
-    let (mut columns, mut n) = group.beside(0);
     for i in 0..chosen.groups.len() {
-        let after = match i + 1 < chosen.groups.len() {
+        let next = match i + 1 < chosen.groups.len() {
             true => Group::new(strip, &chosen, i + 1, chosen.groups[i].end as usize),
             false => Group { bundles: &[], ..group },
         };
-        let bundles = group.bundles.len();
-        let mut at = 0;
-        while at < bundles {
-            let last = at + BESIDE >= bundles;
-            let (next, n_next) = if last { after.beside(0) } else { group.beside(at + BESIDE) };
-            let after = &next[..n_next];
-            let pass = Pass { group: &group, at, last, columns: &columns, next: after.as_flattened(), parts };
-            if n == BESIDE {
-                all_tiles::<KIND, BESIDE>(&pass, &high, first / TILE, &mut sums, out);
-            } else {
-                all_tiles::<KIND, 1>(&pass, &high, first / TILE, &mut sums, out);
+        for tile in 0..tiles {
+            let ahead = match tile + AHEAD < tiles {
+                true => Ahead { group: &group, tile: first + tile + AHEAD, far },
+                false => Ahead { group: &next, tile: first + (tile + AHEAD - tiles).min(tiles - 1), far },
+            };
+            let out = &mut out[tile * TILE..];
+            match out.split_at_mut_checked(TILE) {
+                Some((out, _)) => one_tile::<KIND, 16>(&group, &ahead, &whole, first + tile, out),
+                None => one_tile::<KIND, 8>(&group, &ahead, &half, first + tile, out),
             }
-            (columns, n) = (next, n_next);
-            at += BESIDE;
         }
-        group = after;
-    }
-}
-
-/// Some bundles times all outputs, those from tile `first` on.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn all_tiles<const KIND: u8, const N: usize>(
-    pass: &Pass<'_>,
-    (whole, half): &(High, High),
-    first: usize,
-    sums: &mut Sums,
-    out: &mut [f32],
-) {
-    let mut at = 0;
-    while at < out.len() {
-        let end = (at + TILE).min(out.len());
-        let (sums, out) = (&mut sums.0[at..end], &mut out[at..end]);
-        let tile = first + at / TILE;
-        if out.len() == TILE {
-            one_tile::<KIND, N, 16>(pass, whole, tile, sums, out);
-        } else {
-            one_tile::<KIND, N, 8>(pass, half, tile, sums, out);
-        }
-        at = end;
+        group = next;
     }
 }
 
@@ -273,154 +240,91 @@ fn high_lines(columns: &[*const u8; 4], at: usize, bytes: usize) -> [__m512i; 4]
     interleave(x)
 }
 
-/// Some bundles times the outputs of a tile, `A` sum registers of 16.
+/// The chosen columns of a group times the outputs of a tile, `A` sum registers of 16.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn one_tile<const KIND: u8, const N: usize, const A: usize>(
-    pass: &Pass<'_>,
+fn one_tile<const KIND: u8, const A: usize>(
+    group: &Group<'_>,
+    ahead: &Ahead<'_>,
     high: &High,
     tile: usize,
-    sums: &mut [MaybeUninit<i32>],
     out: &mut [f32],
 ) {
-    let Pass { group, at, columns, .. } = *pass;
     let strip = group.strip;
-    let mut top = [[_mm512_setzero_si512(); 4]; N];
-    if let (Codes::Nibbles { high: bits }, true) = (strip.codes, KIND == NIBBLES_AND_HIGH) {
-        let high_at = strip.low_bytes + tile * TILE * bits / 8;
-        pass.fetch(1, high_at, N);
-        for n in 0..N {
-            top[n] = high_lines(&columns[n], high_at, high.bytes);
-        }
+    let start = _mm512_set1_epi32(group.start);
+    // High nibbles are not shifted down but count 16 times.
+    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * group.start) } else { start };
+    let mut dots = [start; A];
+    for a in (1..A).step_by(2) {
+        dots[a] = of_high;
     }
-    if KIND == BYTES {
-        for line in 0..A / 4 {
-            let mut dots = [_mm512_setzero_si512(); 4];
-            let low_at = tile * TILE + 64 * line;
-            pass.fetch(0, low_at, N);
-            begin::<KIND, 4>(pass, (tile, line), sums, &mut dots);
-            for n in 0..N {
-                let x = low_line(&columns[n], low_at);
-                let acts = _mm512_set1_epi32(group.bundles[at + n].acts as i32);
+    for n in 0..group.bundles.len() {
+        ahead.columns::<KIND>(n);
+        let (columns, bundle) = (&group.columns[n], &group.bundles[n]);
+        if KIND == BYTES {
+            let acts = _mm512_set1_epi32(bundle.acts as i32);
+            for line in 0..A / 4 {
+                let x = low_line(columns, tile * TILE + LINE * line);
                 for k in 0..4 {
-                    dots[k] = _mm512_dpbusd_epi32(dots[k], x[k], acts);
+                    dots[4 * line + k] = _mm512_dpbusd_epi32(dots[4 * line + k], x[k], acts);
                 }
             }
-            end::<KIND, 4>(pass, (tile, line), dots, sums, out);
+            continue;
         }
-        return;
-    }
-    for line in 0..A / 8 {
-        let mut dots = [_mm512_setzero_si512(); 8];
-        let low_at = tile * TILE / 2 + 64 * line;
-        pass.fetch(0, low_at, N);
-        begin::<KIND, 8>(pass, (tile, line), sums, &mut dots);
-        for n in 0..N {
-            let x = low_line(&columns[n], low_at);
+        let mut top = [_mm512_setzero_si512(); 4];
+        if let (Codes::Nibbles { high: bits }, true) = (strip.codes, KIND == NIBBLES_AND_HIGH) {
+            top = high_lines(columns, strip.low_bytes + tile * TILE * bits / 8, high.bytes);
+        }
+        for line in 0..A / 8 {
+            let x = low_line(columns, tile * TILE / 2 + LINE * line);
             let turn = [high.turn[2 * line], high.turn[2 * line + 1]];
-            add_line::<KIND>(&x, &top[n], (&turn, high.mask), &group.bundles[at + n], &mut dots);
-        }
-        end::<KIND, 8>(pass, (tile, line), dots, sums, out);
-    }
-}
-
-/// What the sums of a line of a tile begin with.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn begin<const KIND: u8, const R: usize>(
-    pass: &Pass<'_>,
-    (tile, line): (usize, usize),
-    sums: &[MaybeUninit<i32>],
-    dots: &mut [__m512i; R],
-) {
-    if pass.at > 0 {
-        let sums = &sums[16 * R * line..][..16 * R];
-        for a in 0..R {
-            // SAFETY: 64 readable bytes, written in the group's first pass; the load has no alignment.
-            dots[a] = unsafe { _mm512_loadu_si512(sums.as_ptr().add(16 * a).cast()) };
-        }
-        return;
-    }
-    // The scales and mins of these outputs are needed in the last pass; beyond their end is what is needed anyway.
-    let strip = pass.group.strip;
-    let scales = pass.group.bytes.as_ptr().wrapping_add(tile * TILE + 16 * R * line + SCALES_AHEAD);
-    for at in (0..16 * R).step_by(64) {
-        _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(at).cast());
-        if strip.has_min {
-            _mm_prefetch::<_MM_HINT_T0>(scales.wrapping_add(strip.width + at).cast());
+            let dots = dots[8 * line..].first_chunk_mut().expect("eight sums a line");
+            add_line::<KIND>(&x, &top, (&turn, high.mask), bundle, dots);
         }
     }
-    let start = _mm512_set1_epi32(pass.group.start);
-    // High nibbles are not shifted down but count 16 times.
-    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * pass.group.start) } else { start };
-    for a in 0..R {
-        dots[a] = if a % 2 == 0 { start } else { of_high };
+    for n in group.bundles.len()..ahead.group.bundles.len() {
+        ahead.columns::<KIND>(n);
     }
-}
-
-/// Puts the sums of a line of a tile aside, or, if they are complete, adds them to the outputs.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn end<const KIND: u8, const R: usize>(
-    pass: &Pass<'_>,
-    (tile, line): (usize, usize),
-    mut dots: [__m512i; R],
-    sums: &mut [MaybeUninit<i32>],
-    out: &mut [f32],
-) {
-    let n = 16 * R;
-    if !pass.last {
-        let sums = &mut sums[n * line..][..n];
-        for a in 0..R {
-            // SAFETY: 64 writable bytes; the store has no alignment.
-            unsafe { _mm512_storeu_si512(sums.as_mut_ptr().add(16 * a).cast(), dots[a]) };
-        }
-        return;
-    }
+    ahead.scales();
     if KIND == NIBBLES {
-        for a in (1..R).step_by(2) {
+        for a in (1..A).step_by(2) {
             dots[a] = _mm512_srai_epi32::<4>(dots[a]);
         }
     }
-    add_group(pass.group, tile * TILE + line * n, &dots, &mut out[line * n..][..n]);
+    add_group(group, tile * TILE, &dots, out);
 }
 
 /// `out += scale * dots + min * sum of activations` in units of the factors, for the outputs from `at` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_group<const R: usize>(group: &Group<'_>, at: usize, dots: &[__m512i; R], out: &mut [f32]) {
+fn add_group<const A: usize>(group: &Group<'_>, at: usize, dots: &[__m512i; A], out: &mut [f32]) {
     let strip = group.strip;
     let (scale, zero) = (_mm512_set1_ps(group.scale), _mm512_set1_ps(strip.zeros[0]));
-    let scales = &group.bytes[at..][..16 * R];
-    let out = &mut out[..16 * R];
-    let mut total = [_mm512_setzero_ps(); R];
-    if !group.fresh {
-        for a in 0..R {
+    let sum = _mm512_set1_ps(group.sum);
+    let (scales, out) = (&group.bytes[at..][..16 * A], &mut out[..16 * A]);
+    let (mins, ratios): (&[u8], &[f32]) = match strip.has_min {
+        true => (&group.bytes[strip.width + at..][..16 * A], &strip.heads[strip.width + at..][..16 * A]),
+        false => (&[], &[]),
+    };
+    for a in 0..A {
+        let mut total = _mm512_setzero_ps();
+        if !group.fresh {
             // SAFETY: 16 readable floats; the load has no alignment.
-            total[a] = unsafe { _mm512_loadu_ps(out.as_ptr().add(16 * a)) };
+            total = unsafe { _mm512_loadu_ps(out.as_ptr().add(16 * a)) };
         }
-    }
-    for a in 0..R {
         // SAFETY: 16 readable bytes.
         let code = unsafe { codes(scales.as_ptr().add(16 * a)) };
         let dot = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dots[a]));
-        total[a] = _mm512_fmadd_ps(_mm512_sub_ps(code, zero), dot, total[a]);
-    }
-    if strip.has_min {
-        let mins = &group.bytes[strip.width + at..][..16 * R];
-        let ratios = &strip.heads[strip.width + at..][..16 * R];
-        let sum = _mm512_set1_ps(group.sum);
-        for a in 0..R {
+        total = _mm512_fmadd_ps(_mm512_sub_ps(code, zero), dot, total);
+        if strip.has_min {
             // SAFETY: 16 readable bytes.
             let min = _mm512_mul_ps(sum, unsafe { codes(mins.as_ptr().add(16 * a)) });
             // SAFETY: 16 readable floats; the load has no alignment.
             let ratio = unsafe { _mm512_loadu_ps(ratios.as_ptr().add(16 * a)) };
-            total[a] = _mm512_fmadd_ps(ratio, min, total[a]);
+            total = _mm512_fmadd_ps(ratio, min, total);
         }
-    }
-    for a in 0..R {
         // SAFETY: 16 writable floats; the store has no alignment.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * a), total[a]) };
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * a), total) };
     }
 }
 
