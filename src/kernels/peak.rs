@@ -4,21 +4,23 @@
 use super::Kernels;
 use super::fetch::fetch;
 
-/// Words of a cache line, and how many lines early [`sum_of`] asks for each: twice, which draws more from memory than
-/// once at any distance (docs/experiments.md, "Decoding on AVX-512").
+/// Words of a cache line, and how many lines early [`sum_of`] asks for each: twice, which draws more from an Intel CPU's
+/// memory than once at any distance (docs/experiments.md, "Decoding on AVX-512").
 const LINE: usize = 8;
 const AHEAD: [usize; 2] = [32, 16];
 
-/// The sum of all words, read as fast as they come from memory: into L2 ahead of the loads, as the kernels do it, because
-/// a core alone has too few loads under way.
-pub fn sum_of(words: &[u64]) -> u64 {
+/// The sum of all words, read as fast as they come from memory. `ask`: for lines ahead of the loads, into L2, as the
+/// kernels do it, because some cores alone have too few loads under way; others foresee a plain run better by themselves.
+pub fn sum_of(words: &[u64], ask: bool) -> u64 {
     // 64 independent sums keep enough loads in flight whatever the width of a vector.
     let (blocks, rest) = words.as_chunks::<64>();
     let mut sums = [0u64; 64];
     for (i, block) in blocks.iter().enumerate() {
-        for lines in AHEAD {
-            let ahead = words.get((i * 64 + lines * LINE)..).unwrap_or_default();
-            fetch(bytemuck::cast_slice(&ahead[..ahead.len().min(64)]));
+        if ask {
+            for lines in AHEAD {
+                let ahead = words.get((i * 64 + lines * LINE)..).unwrap_or_default();
+                fetch(bytemuck::cast_slice(&ahead[..ahead.len().min(64)]));
+            }
         }
         for (sum, word) in sums.iter_mut().zip(block) {
             *sum = sum.wrapping_add(*word);

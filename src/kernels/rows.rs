@@ -4,6 +4,9 @@
 
 /// Rows of weights, counted in the order in which they are multiplied.
 pub(super) trait WeightRows<'w>: Copy {
+    /// Whether they lie one behind the other, as a CPU foresees it.
+    const GAPLESS: bool;
+
     /// Bytes of a row.
     fn row_bytes(&self) -> usize;
 
@@ -31,6 +34,8 @@ impl Consecutive<'_> {
 }
 
 impl<'w> WeightRows<'w> for Consecutive<'w> {
+    const GAPLESS: bool = true;
+
     #[inline(always)]
     fn row_bytes(&self) -> usize {
         self.row_bytes
@@ -58,6 +63,8 @@ pub(super) struct Listed<'w> {
 }
 
 impl<'w> WeightRows<'w> for Listed<'w> {
+    const GAPLESS: bool = false;
+
     #[inline(always)]
     fn row_bytes(&self) -> usize {
         self.row_bytes

@@ -31,12 +31,19 @@ pub struct ColumnList {
     sum: f32,
 }
 
-/// Four columns and their activations; a bundle that is not full repeats its first column with an activation of 0.
+/// Four columns and their activations; a bundle that is not full repeats its group's first column with an activation of 0.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Bundle {
     pub cols: [u32; BUNDLE],
-    /// Four bytes, the first column's the lowest.
-    pub acts: u32,
+    pub acts: [i8; BUNDLE],
+}
+
+impl Bundle {
+    /// Its activations in a lane of the byte dot product, the first column's in the lowest byte.
+    #[inline(always)]
+    pub fn lane(&self) -> i32 {
+        i32::from_le_bytes(bytemuck::cast(self.acts))
+    }
 }
 
 /// A group with a chosen column.
@@ -91,20 +98,19 @@ impl ColumnList {
 
     fn push(&mut self, group: usize, mut mask: u32, q: &[i8], scale: f32) {
         let first = (group * self.group_len) as u32;
+        let (from, columns) = (self.bundles.len(), mask.count_ones() as usize);
+        let bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: [0; BUNDLE] };
+        self.bundles.resize(from + columns.div_ceil(BUNDLE), bundle);
+        // Column after column to its place: a bundle that is put together and then copied waits for its own parts.
+        let bundles = &mut self.bundles[from..];
         let mut sum = 0;
-        while mask != 0 {
-            let mut bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: 0 };
-            for i in 0..BUNDLE {
-                if mask != 0 {
-                    let at = mask.trailing_zeros();
-                    let act = q[at as usize];
-                    bundle.cols[i] = first + at;
-                    bundle.acts |= u32::from(act as u8) << (8 * i);
-                    sum += i32::from(act);
-                    mask &= mask - 1;
-                }
-            }
-            self.bundles.push(bundle);
+        for i in 0..columns {
+            let (bundle, at) = (&mut bundles[i / BUNDLE], mask.trailing_zeros());
+            let act = q[at as usize];
+            bundle.cols[i % BUNDLE] = first + at;
+            bundle.acts[i % BUNDLE] = act;
+            sum += i32::from(act);
+            mask &= mask - 1;
         }
         self.sum += scale * sum as f32;
         self.groups.push(ChosenGroup { group: group as u32, end: self.bundles.len() as u32, sum, scale });
@@ -238,8 +244,8 @@ pub(super) fn scalar(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range
         for (o, out) in outputs.clone().zip(out.iter_mut()) {
             let mut dot = -zero * g.sum;
             for bundle in &chosen.bundles[start as usize..g.end as usize] {
-                for (col, act) in bundle.cols.into_iter().zip(bundle.acts.to_le_bytes()) {
-                    dot += i32::from(act as i8) * i32::from(strip.code(col as usize, o));
+                for (col, act) in bundle.cols.into_iter().zip(bundle.acts) {
+                    dot += i32::from(act) * i32::from(strip.code(col as usize, o));
                 }
             }
             *out += (f32::from(strip.scale(0, group, o)) - strip.zeros[0]) * (g.scale * dot as f32);

@@ -131,9 +131,9 @@ fn lists_hold_what_is_not_zero() {
                 let mut start = 0;
                 for g in &list.groups {
                     for b in &list.bundles[start..g.end as usize] {
-                        for (c, a) in b.cols.into_iter().zip(b.acts.to_le_bytes()) {
+                        for (c, a) in b.cols.into_iter().zip(b.acts) {
                             assert_eq!(c as usize / group_len, g.group as usize);
-                            dense[c as usize] += a as i8;
+                            dense[c as usize] += a;
                         }
                     }
                     start = g.end as usize;

@@ -267,7 +267,7 @@ macro_rules! instantiate {
                 }
                 for (bundle, columns) in bundles.iter().zip(columns) {
                     next.step();
-                    let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.acts));
+                    let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.lane().cast_unsigned()));
                     for i in 0..LANES {
                         let codes = codes::<KIND, N>(columns, &lanes[i]);
                         for a in 0..N {

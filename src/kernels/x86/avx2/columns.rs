@@ -168,7 +168,7 @@ fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> [[[__m2
     let mut sums = [[[_mm256_set1_epi16((-8 * group.count) as i16); 2]; 2]; 2];
     for b in 0..group.bundles.len() {
         next.step();
-        let (columns, acts) = (&group.columns[b], group.bundles[b].acts);
+        let (columns, acts) = (&group.columns[b], group.bundles[b].lane());
         let acts = [_mm256_set1_epi16(acts as i16), _mm256_set1_epi16((acts >> 16) as i16)];
         for half in 0..2 {
             for pair in 0..2 {
@@ -308,7 +308,7 @@ macro_rules! instantiate {
                     let end = n.min(at + RUN);
                     while at < end {
                         next.step();
-                        let acts = _mm256_set1_epi32(group.bundles[at].acts as i32);
+                        let acts = _mm256_set1_epi32(group.bundles[at].lane());
                         add_bundle::<KIND, N>(group, &group.columns[at], index, high, acts, &mut sums);
                         at += 1;
                     }

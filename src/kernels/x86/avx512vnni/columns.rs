@@ -262,7 +262,7 @@ fn one_tile<const KIND: u8, const A: usize>(
         ahead.columns::<KIND>(n);
         let (columns, bundle) = (&group.columns[n], &group.bundles[n]);
         if KIND == BYTES {
-            let acts = _mm512_set1_epi32(bundle.acts as i32);
+            let acts = _mm512_set1_epi32(bundle.lane());
             for line in 0..A / 4 {
                 let x = low_line(columns, tile * TILE + LINE * line);
                 for k in 0..4 {
@@ -338,7 +338,7 @@ fn add_line<const KIND: u8>(
     b: &Bundle,
     dots: &mut [__m512i; 8],
 ) {
-    let acts = _mm512_set1_epi32(b.acts as i32);
+    let acts = _mm512_set1_epi32(b.lane());
     let nibble = _mm512_set1_epi8(15);
     for k in 0..4 {
         let x = quarters[k];

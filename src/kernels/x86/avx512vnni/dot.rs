@@ -36,6 +36,15 @@ struct Acts<const N: usize> {
     sum: __m512,
 }
 
+impl<const N: usize> Acts<N> {
+    /// Where sum `i` begins; 0 for types without a zero point, for which it need not be loaded.
+    #[inline(always)]
+    fn start<const ZERO: bool>(&self, i: usize) -> __m512i {
+        // SAFETY: only the kernels of this module make `Acts`.
+        if ZERO { self.start[i] } else { unsafe { _mm512_setzero_si512() } }
+    }
+}
+
 const fn blocks_of_lanes(per: usize, first: usize) -> [i32; 16] {
     let mut index = [0; 16];
     let mut i = 0;
@@ -232,8 +241,8 @@ fn of_row(scale: __m512, spread: &[i32; 16], first: usize) -> __m512 {
 /// Adds the products of a row's step: `row` is its number in `scale`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step4(w: &Four, a: &Acts<2>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start[0], w.low, a.q[0]), w.high, a.q[1]);
+fn step4<const ZERO: bool>(w: &Four, a: &Acts<2>, scale: __m512, row: usize, acc: __m512) -> __m512 {
+    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start::<ZERO>(0), w.low, a.q[0]), w.high, a.q[1]);
     _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), of_row(scale, &BLOCKS, 4 * row), acc)
 }
 
@@ -251,25 +260,25 @@ fn step_q8_0(w: &[__m512i; 2], a: &Acts<2>, scale: __m512, row: usize, mut acc: 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn step_k4(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    step8(w, a, scale, 8 * row, &SPREAD_K4, acc)
+    step8::<false>(w, a, scale, 8 * row, &SPREAD_K4, acc)
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_groups16(w: &Super, a: &Acts<4>, scale: __m512, _: usize, acc: __m512) -> __m512 {
-    step8(w, a, scale, 0, &SPREAD_16, acc)
+fn step_groups16<const ZERO: bool>(w: &Super, a: &Acts<4>, scale: __m512, _: usize, acc: __m512) -> __m512 {
+    step8::<ZERO>(w, a, scale, 0, &SPREAD_16, acc)
 }
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 fn step_iq4_xs(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    step8(w, a, scale, 8 * row, &SPREAD_IQ4_XS, acc)
+    step8::<true>(w, a, scale, 8 * row, &SPREAD_IQ4_XS, acc)
 }
 
 /// `SPREAD[i]`: the group of each lane of `w[i]`; the row's first group is number `first` in `scale`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step8(
+fn step8<const ZERO: bool>(
     w: &Super,
     a: &Acts<4>,
     scale: __m512,
@@ -278,7 +287,7 @@ fn step8(
     mut acc: __m512,
 ) -> __m512 {
     for (i, spread) in spread.iter().enumerate() {
-        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w[i], a.q[i]));
+        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start::<ZERO>(i), w[i], a.q[i]));
         acc = _mm512_fmadd_ps(sum, of_row(scale, spread, first), acc);
     }
     acc
@@ -372,7 +381,7 @@ macro_rules! dot_rows {
             ) -> [[f32; ROWS]; T] {
                 let row_bytes = w.row_bytes();
                 let ahead = (R * row_bytes).max(PREFETCH);
-                let near = $bytes < $cols && R * row_bytes <= NEAR && is_amd();
+                let near = W::GAPLESS && $bytes < $cols && R * row_bytes <= NEAR && is_amd();
                 let (mut steps, mut last) = ([[].as_slice(); R], [&[0; $bytes]; R]);
                 for r in 0..R {
                     let row = w.row(first + r);
@@ -455,7 +464,14 @@ macro_rules! dot_rows {
                 let acts = acts.as_chunks::<T>().0;
                 let (n, mut done) = (out[0].len(), 0);
                 while done < n {
-                    if n - done >= ROWS {
+                    if T == 4 && $together < ROWS && n - done >= 2 {
+                        // The sums of four rows and tokens would leave no registers for what these types unpack.
+                        let sums = rows::<W, 2, T>(w, done, acts);
+                        for t in 0..T {
+                            out[t][done..done + 2].copy_from_slice(&sums[t][..2]);
+                        }
+                        done += 2;
+                    } else if n - done >= ROWS {
                         let sums = rows::<W, ROWS, T>(w, done, acts);
                         for t in 0..T {
                             *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
@@ -495,17 +511,17 @@ fn prefetch(w: *const u8, ahead: usize, bytes: usize, near: bool) {
     }
 }
 
-dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4: 0, false, blocks::q4_0_scales, blocks::q4_0, step4);
-dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4: 0, false, blocks::q4_0_scales, blocks::iq4_nl, step4);
-dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4: 0, true, blocks::q4_1_scales, blocks::q4_1, step4);
-dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4: 0, false, blocks::q5_0_scales, blocks::q5_0, step4);
-dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4: 0, true, blocks::q5_1_scales, blocks::q5_1, step4);
+dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4: 0, false, blocks::q4_0_scales, blocks::q4_0, step4::<true>);
+dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4: 0, false, blocks::q4_0_scales, blocks::iq4_nl, step4::<true>);
+dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4: 0, true, blocks::q4_1_scales, blocks::q4_1, step4::<false>);
+dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4: 0, false, blocks::q5_0_scales, blocks::q5_0, step4::<true>);
+dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4: 0, true, blocks::q5_1_scales, blocks::q5_1, step4::<false>);
 dot_rows!(dot_q8_0, 128, 136, acts_q8_0, 4: 0, false, blocks::q8_0_scales, blocks::q8_0, step_q8_0);
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1: 0 1 2 3, true, blocks::q2_k_scales, blocks::q2_k, step_groups16);
-dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1: 0 1 2 3, false, blocks::q3_k_scales, blocks::q3_k, step_groups16);
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1: 0 1 2 3, true, blocks::q2_k_scales, blocks::q2_k, step_groups16::<false>);
+dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1: 0 1 2 3, false, blocks::q3_k_scales, blocks::q3_k, step_groups16::<true>);
 dot_rows!(dot_q4_k, 256, 144, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q4_k, step_k4);
 dot_rows!(dot_q5_k, 256, 176, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q5_k, step_k4);
-dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1: 0 1 2 3, false, blocks::q6_k_scales, blocks::q6_k, step_groups16);
+dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1: 0 1 2 3, false, blocks::q6_k_scales, blocks::q6_k, step_groups16::<true>);
 dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2: 0 2, false, blocks::iq4_xs_scales, blocks::iq4_xs, step_iq4_xs);
 
 /// `T` tokens from `t` on.
