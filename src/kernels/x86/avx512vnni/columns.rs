@@ -1,10 +1,11 @@
 //! Products with chosen columns: four columns at a time, interleaved in registers.
-#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
 //!
 //! # Order
 //! Group after group, tile after tile of the outputs, all chosen columns of the group: so sums never leave the registers,
 //! and a core follows as many runs as a group has columns. They are asked for a tile or two ahead, since that many runs
 //! are more than a CPU foresees by itself (docs/experiments.md).
+
+#![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
 
 use std::arch::x86_64::*;
 use std::ops::Range;

@@ -25,9 +25,9 @@ const NEAR: usize = 6144;
 const LINE: usize = 64;
 const AGAIN: usize = 4 * LINE;
 
-/// Activations for a step, prepared once for all rows: `q` bytes in the order of the type's, `start` where the integer sum of each begins (minus the
-/// zero point times the activations, spread over a group's lanes anyhow); and for each row that [`Scales`] has room for,
-/// in the same lanes as there, the scale of each group and `scale * sum`, by which a minimum counts.
+/// Activations for a step, prepared once for all rows: `q` bytes in the order of the type's, `start` where the integer sum
+/// of each begins (minus the zero point times the activations, spread over a group's lanes anyhow); and for each row that
+/// [`Scales`] has room for, in the same lanes as there, the scale of each group and `scale * sum`, by which a minimum counts.
 #[derive(Clone, Copy)]
 struct Acts<const N: usize> {
     q: [__m512i; N],
