@@ -2,6 +2,8 @@
 //!
 //! Kernels are compiled for either, so that the first pays nothing for the second.
 
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // kernels of ARM ask for rows alone
+
 /// Rows of weights, counted in the order in which they are multiplied.
 pub(super) trait WeightRows<'w>: Copy {
     /// Whether they lie one behind the other, as a CPU foresees it.
