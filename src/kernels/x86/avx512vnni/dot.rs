@@ -492,7 +492,7 @@ macro_rules! dot_rows {
 
 /// Asks for the lines of `bytes` bytes, `ahead` behind `w`: in L2, since L1 may be smaller than the rows that are
 /// multiplied in between, and each twice, a little later again, which draws a quarter more from memory on Intel's CPUs; or,
-/// where that is faster (`near`), once and into L1 (docs/experiments.md, "Decoding on AVX-512").
+/// where that is faster (`near`), once and into L1 (docs/experiments.md, "Decoding on AVX-512" and "on Zen 4").
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn prefetch(w: *const u8, ahead: usize, bytes: usize, near: bool) {
