@@ -31,7 +31,7 @@ pub struct ColumnList {
     sum: f32,
 }
 
-/// Four columns and their activations; a bundle that is not full repeats its group's first column with an activation of 0.
+/// Four columns and their activations; a bundle that is not full repeats its first column with an activation of 0.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Bundle {
     pub cols: [u32; BUNDLE],
@@ -99,8 +99,7 @@ impl ColumnList {
     fn push(&mut self, group: usize, mut mask: u32, q: &[i8], scale: f32) {
         let first = (group * self.group_len) as u32;
         let (from, columns) = (self.bundles.len(), mask.count_ones() as usize);
-        let bundle = Bundle { cols: [first + mask.trailing_zeros(); BUNDLE], acts: [0; BUNDLE] };
-        self.bundles.resize(from + columns.div_ceil(BUNDLE), bundle);
+        self.bundles.resize(from + columns.div_ceil(BUNDLE), Bundle::default());
         // Column after column to its place: a bundle that is put together and then copied waits for its own parts.
         let bundles = &mut self.bundles[from..];
         let mut sum = 0;
@@ -111,6 +110,9 @@ impl ColumnList {
             bundle.acts[i % BUNDLE] = act;
             sum += i32::from(act);
             mask &= mask - 1;
+        }
+        if let (left @ 1.., Some(last)) = (columns % BUNDLE, bundles.last_mut()) {
+            last.cols = std::array::from_fn(|i| last.cols[if i < left { i } else { 0 }]);
         }
         self.sum += scale * sum as f32;
         self.groups.push(ChosenGroup { group: group as u32, end: self.bundles.len() as u32, sum, scale });

@@ -131,6 +131,8 @@ fn lists_hold_what_is_not_zero() {
                 let mut start = 0;
                 for g in &list.groups {
                     for b in &list.bundles[start..g.end as usize] {
+                        let fill = b.acts.iter().rev().take_while(|&&a| a == 0).count();
+                        assert!(b.cols[b.cols.len() - fill..].iter().all(|&c| c == b.cols[0]));
                         for (c, a) in b.cols.into_iter().zip(b.acts) {
                             assert_eq!(c as usize / group_len, g.group as usize);
                             dense[c as usize] += a;

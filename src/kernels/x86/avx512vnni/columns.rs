@@ -2,7 +2,7 @@
 //!
 //! # Order
 //! Group after group, tile after tile of the outputs, all chosen columns of the group: so sums never leave the registers,
-//! and a core follows as many runs as a group has columns. They are asked for a tile or two ahead, since that many runs
+//! and a core follows as many runs as a group has columns. They are asked for some tiles ahead, since that many runs
 //! are more than a CPU foresees by itself (docs/experiments.md).
 
 #![allow(clippy::needless_range_loop)] // an iterator's closures and adapters would not be inlined
@@ -11,74 +11,23 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::blocks::lanes;
-use crate::kernels::columns::groups::{BYTES, NIBBLES, NIBBLES_AND_HIGH, TABLE};
+use crate::kernels::columns::groups::{BYTES, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE};
 use crate::kernels::columns::{Bundle, Chosen};
+use crate::kernels::fetch::LINE;
 use crate::kernels::x86::{IQ4_VALUES, is_amd};
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
-use crate::quant::zero_point;
 
-/// Most bundles of a group: it has 32 columns or 16.
-const BUNDLES: usize = 8;
 /// How many tiles ahead of their use columns are asked for.
 const AHEAD: usize = 3;
-/// Bytes of a cache line.
-const LINE: usize = 64;
 
 /// See `Kernels::columns`, which asserts the lengths.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) fn columns(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, outputs: Range<usize>, out: &mut [f32]) {
     match strip.codes {
-        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, outputs.start, out),
-        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, outputs.start, out),
-        Codes::Table => kernel::<TABLE>(strip, chosen, outputs.start, out),
-        Codes::Bytes => kernel::<BYTES>(strip, chosen, outputs.start, out),
-    }
-}
-
-/// A group and its chosen columns.
-#[derive(Clone, Copy)]
-struct Group<'a> {
-    strip: &'a ColumnStrip<'a>,
-    /// Its scales, its mins and its columns.
-    bytes: &'a [u8],
-    bundles: &'a [Bundle],
-    /// Where the columns of each bundle are.
-    columns: [[*const u8; 4]; BUNDLES],
-    /// Scale of the activations.
-    scale: f32,
-    /// Sum of the activations.
-    sum: f32,
-    /// What the dot products start from.
-    start: i32,
-    /// Whether it is the first of the product: outputs begin with it.
-    fresh: bool,
-}
-
-impl<'a> Group<'a> {
-    /// The `i`-th of those chosen, whose bundles begin at `from`.
-    #[inline]
-    fn new(strip: &'a ColumnStrip<'a>, chosen: &Chosen<'a>, i: usize, from: usize) -> Self {
-        let g = &chosen.groups[i];
-        let bytes = &strip.groups[g.group as usize * strip.group_bytes..][..strip.group_bytes];
-        let first = bytes[strip.group_bytes - strip.group_len * strip.column_bytes..].as_ptr();
-        let bundles = &chosen.bundles[from..g.end as usize];
-        let mut columns = [[first; 4]; BUNDLES];
-        for n in 0..bundles.len() {
-            for j in 0..4 {
-                let in_group = bundles[n].cols[j] as usize - g.group as usize * strip.group_len;
-                columns[n][j] = first.wrapping_add(in_group * strip.column_bytes);
-            }
-        }
-        Self {
-            strip,
-            bytes,
-            bundles,
-            columns,
-            scale: g.scale,
-            sum: g.scale * g.sum as f32,
-            start: -i32::from(zero_point(strip.ty)) * g.sum,
-            fresh: i == 0,
-        }
+        Codes::Nibbles { high: 0 } => kernel::<NIBBLES>(strip, chosen, outputs, out),
+        Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH>(strip, chosen, outputs, out),
+        Codes::Table => kernel::<TABLE>(strip, chosen, outputs, out),
+        Codes::Bytes => kernel::<BYTES>(strip, chosen, outputs, out),
     }
 }
 
@@ -136,22 +85,26 @@ impl Ahead<'_> {
 
 /// Group after group.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, first: usize, out: &mut [f32]) {
-    if chosen.groups.is_empty() {
-        return out.fill(0.0);
-    }
+fn kernel<const KIND: u8>(
+    strip: &ColumnStrip<'_>,
+    chosen: Chosen<'_>,
+    outputs: Range<usize>,
+    out: &mut [f32],
+) {
+    out.fill(0.0);
     let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
-    let (first, tiles, far) = (first / TILE, out.len().div_ceil(TILE), is_amd());
-    let mut group = Group::new(strip, &chosen, 0, chosen.start as usize);
-    for i in 0..chosen.groups.len() {
-        let next = match i + 1 < chosen.groups.len() {
-            true => Group::new(strip, &chosen, i + 1, chosen.groups[i].end as usize),
-            false => Group { bundles: &[], ..group },
-        };
+    let (first, tiles, far) = (outputs.start / TILE, outputs.len().div_ceil(TILE), is_amd());
+    let mut groups = Groups::new(strip, chosen, &outputs);
+    let mut now = groups.take();
+    while let Some(group) = now {
+        let next = groups.take();
         for tile in 0..tiles {
-            let ahead = match tile + AHEAD < tiles {
-                true => Ahead { group: &group, tile: first + tile + AHEAD, far },
-                false => Ahead { group: &next, tile: first + (tile + AHEAD - tiles).min(tiles - 1), far },
+            // Behind the last group there is nothing to ask for; what is here already costs little to ask for again.
+            let ahead = match (tile + AHEAD < tiles, &next) {
+                (false, Some(next)) => {
+                    Ahead { group: next, tile: first + (tile + AHEAD - tiles).min(tiles - 1), far }
+                }
+                _ => Ahead { group: &group, tile: first + (tile + AHEAD).min(tiles - 1), far },
             };
             let out = &mut out[tile * TILE..];
             match out.split_at_mut_checked(TILE) {
@@ -159,7 +112,7 @@ fn kernel<const KIND: u8>(strip: &ColumnStrip<'_>, chosen: Chosen<'_>, first: us
                 None => one_tile::<KIND, 8>(&group, &ahead, &half, first + tile, out),
             }
         }
-        group = next;
+        now = next;
     }
 }
 
@@ -252,9 +205,9 @@ fn one_tile<const KIND: u8, const A: usize>(
     out: &mut [f32],
 ) {
     let strip = group.strip;
-    let start = _mm512_set1_epi32(group.start);
+    let start = _mm512_set1_epi32(group.start());
     // High nibbles are not shifted down but count 16 times.
-    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * group.start) } else { start };
+    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * group.start()) } else { start };
     let mut dots = [start; A];
     for a in (1..A).step_by(2) {
         dots[a] = of_high;
@@ -308,11 +261,8 @@ fn add_group<const A: usize>(group: &Group<'_>, at: usize, dots: &[__m512i; A], 
         false => (&[], &[]),
     };
     for a in 0..A {
-        let mut total = _mm512_setzero_ps();
-        if !group.fresh {
-            // SAFETY: 16 readable floats; the load has no alignment.
-            total = unsafe { _mm512_loadu_ps(out.as_ptr().add(16 * a)) };
-        }
+        // SAFETY: 16 readable floats; the load has no alignment.
+        let mut total = unsafe { _mm512_loadu_ps(out.as_ptr().add(16 * a)) };
         // SAFETY: 16 readable bytes.
         let code = unsafe { codes(scales.as_ptr().add(16 * a)) };
         let dot = _mm512_mul_ps(scale, _mm512_cvtepi32_ps(dots[a]));

@@ -12,7 +12,7 @@ use crate::kernels::rows::{Consecutive, Listed, WeightRows};
 use crate::kernels::x86::{each_four_tokens, is_amd};
 use crate::kernels::{Activations, Q8Row};
 
-/// Rows that go through the blocks together: they share the activations' rearrangement, and their
+/// Rows that go through the blocks together: they share what is loaded of the activations, and their
 /// independent sums hide the latency of the adds.
 const ROWS: usize = 4;
 
