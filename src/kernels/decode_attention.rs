@@ -1,17 +1,33 @@
 //! The products of attention of one query or a few: with keys, and of their weights with values, read where they are.
 //!
 //! Several queries, heads of a group, share each key and value that is loaded and widened. What one gives does not depend on the
-//! others, nor on how many keys there are.
+//! others, nor on how many keys there are. Meanwhile [`Next`] is fetched, as fast as they are read.
 
 use super::Kernels;
-use super::fetch::fetch_run;
+use super::fetch::fetch;
 
 /// The functions of one instruction set; `unsafe` to call where the CPU lacks it.
 pub(super) struct Functions {
-    pub dots: unsafe fn(Rows<'_>, &[f32], (&mut [f32], usize)),
-    pub dots_f16: unsafe fn(Rows<'_>, &[u16], (&mut [f32], usize)),
-    pub add_weighted: unsafe fn(&mut [f32], Rows<'_>, &[f32]),
-    pub add_weighted_f16: unsafe fn(&mut [f32], Rows<'_>, &[u16]),
+    pub dots: unsafe fn(Rows<'_>, &[f32], (&mut [f32], usize), Next<'_>),
+    pub dots_f16: unsafe fn(Rows<'_>, &[u16], (&mut [f32], usize), Next<'_>),
+    pub add_weighted: unsafe fn(&mut [f32], Rows<'_>, &[f32], Next<'_>),
+    pub add_weighted_f16: unsafe fn(&mut [f32], Rows<'_>, &[u16], Next<'_>),
+}
+
+/// What will be read next, keys or values of some other tile: so far ahead that it is there in time.
+#[derive(Clone, Copy)]
+pub struct Next<'a>(pub &'a [u8]);
+
+impl Next<'_> {
+    /// Asks for what lies as far in it as `part` does in `now`.
+    #[inline(always)]
+    pub(super) fn fetch<T>(self, now: &[T], part: &[T]) {
+        let at = part.as_ptr().addr() - now.as_ptr().addr();
+        let end = (at + size_of_val(part)).min(self.0.len());
+        if at < end {
+            fetch(&self.0[at..end]);
+        }
+    }
 }
 
 /// Some rows of `cols` numbers that begin every `stride`.
@@ -52,53 +68,53 @@ impl Kernels {
     /// `out[i] = q . keys[i]` for keys as long as `q`, one behind the other: attention's scores.
     pub fn dots(&self, q: &[f32], keys: &[f32], out: &mut [f32]) {
         assert_eq!(keys.len(), q.len() * out.len());
-        self.dots_of_rows(Rows::one(q), keys, (out, 0));
+        self.dots_of_rows(Rows::one(q), keys, (out, 0), Next(&[]));
     }
 
     /// [`dots`](Self::dots) with keys in half precision (bits).
     pub fn dots_f16(&self, q: &[f32], keys: &[u16], out: &mut [f32]) {
         assert_eq!(keys.len(), q.len() * out.len());
-        self.dots_f16_of_rows(Rows::one(q), keys, (out, 0));
+        self.dots_f16_of_rows(Rows::one(q), keys, (out, 0), Next(&[]));
     }
 
     /// [`dots`](Self::dots) of several queries, which share the loads of keys; what one gives does not depend on the
     /// others. Their results begin every so many elements of `out`.
-    pub fn dots_of_rows(&self, q: Rows<'_>, keys: &[f32], out: (&mut [f32], usize)) {
+    pub fn dots_of_rows(&self, q: Rows<'_>, keys: &[f32], out: (&mut [f32], usize), next: Next<'_>) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.decode_attention.dots)(q, keys, out) }
+        unsafe { (self.isa.functions.decode_attention.dots)(q, keys, out, next) }
     }
 
     /// [`dots_of_rows`](Self::dots_of_rows) with keys in half precision (bits).
-    pub fn dots_f16_of_rows(&self, q: Rows<'_>, keys: &[u16], out: (&mut [f32], usize)) {
+    pub fn dots_f16_of_rows(&self, q: Rows<'_>, keys: &[u16], out: (&mut [f32], usize), next: Next<'_>) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.decode_attention.dots_f16)(q, keys, out) }
+        unsafe { (self.isa.functions.decode_attention.dots_f16)(q, keys, out, next) }
     }
 
     /// `out += sum of weights[i] * values[i]` for values as long as `out`, one behind the other.
     pub fn add_weighted(&self, out: &mut [f32], weights: &[f32], values: &[f32]) {
-        self.add_weighted_rows(out, Rows::one(weights), values);
+        self.add_weighted_rows(out, Rows::one(weights), values, Next(&[]));
     }
 
     /// [`add_weighted`](Self::add_weighted) with values in half precision (bits).
     pub fn add_weighted_f16(&self, out: &mut [f32], weights: &[f32], values: &[u16]) {
-        self.add_weighted_f16_rows(out, Rows::one(weights), values);
+        self.add_weighted_f16_rows(out, Rows::one(weights), values, Next(&[]));
     }
 
     /// [`add_weighted`](Self::add_weighted) of several rows of weights to as many of `out`, which share the loads of
     /// values; what one gives does not depend on the others.
-    pub fn add_weighted_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[f32]) {
+    pub fn add_weighted_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[f32], next: Next<'_>) {
         weights.check_values(values.len(), out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.decode_attention.add_weighted)(out, weights, values) }
+        unsafe { (self.isa.functions.decode_attention.add_weighted)(out, weights, values, next) }
     }
 
     /// [`add_weighted_rows`](Self::add_weighted_rows) with values in half precision (bits).
-    pub fn add_weighted_f16_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[u16]) {
+    pub fn add_weighted_f16_rows(&self, out: &mut [f32], weights: Rows<'_>, values: &[u16], next: Next<'_>) {
         weights.check_values(values.len(), out.len());
         // SAFETY: the handle proves the ISA.
-        unsafe { (self.isa.functions.decode_attention.add_weighted_f16)(out, weights, values) }
+        unsafe { (self.isa.functions.decode_attention.add_weighted_f16)(out, weights, values, next) }
     }
 }
 
@@ -122,7 +138,7 @@ macro_rules! products {
     ($dots:ident, $add_weighted:ident, $number:ty, $load:ident, $vector:path, [$($feature:literal),*]) => {
         /// `out[r][i] = q[r] . keys[i]`
         $(#[target_feature(enable = $feature)])*
-        fn $dots(q: Rows<'_>, keys: &[$number], (out, stride): (&mut [f32], usize)) {
+        fn $dots(q: Rows<'_>, all: &[$number], (out, stride): (&mut [f32], usize), next: Next<'_>) {
             use $vector as vector;
             use vector::LANES;
 
@@ -136,7 +152,6 @@ macro_rules! products {
                 stride: usize,
             ) {
                 let (dim, steps) = (q[0].len(), q[0].len() / LANES);
-                fetch_behind(keys);
                 // Slices of one length, so that the loop checks no bounds.
                 let (mut queries, mut of) = ([[].as_slice(); Q], [[].as_slice(); N]);
                 for r in 0..Q {
@@ -175,13 +190,16 @@ macro_rules! products {
                 }
             }
 
-            let (dim, n, mut r) = (q.cols, keys.len() / q.cols, 0);
+            let (dim, n, mut r) = (q.cols, all.len() / q.cols, 0);
             while r < q.rows {
                 let rows = rows_at_once(q.rows - r);
                 let of = |i: usize| q.row(r + i);
                 for i in (0..n / KEYS * KEYS).step_by(KEYS) {
-                    let keys = &keys[i * dim..][..KEYS * dim];
+                    let keys = &all[i * dim..][..KEYS * dim];
                     let out = &mut out[r * stride + i..];
+                    if r == 0 {
+                        next.fetch(all, keys);
+                    }
                     match rows {
                         3 => some::<3, KEYS>([of(0), of(1), of(2)], keys, out, stride),
                         2 => some::<2, KEYS>([of(0), of(1)], keys, out, stride),
@@ -190,7 +208,7 @@ macro_rules! products {
                 }
                 for i in n / KEYS * KEYS..n {
                     for r in r..r + rows {
-                        some::<1, 1>([q.row(r)], &keys[i * dim..][..dim], &mut out[r * stride + i..], stride);
+                        some::<1, 1>([q.row(r)], &all[i * dim..][..dim], &mut out[r * stride + i..], stride);
                     }
                 }
                 r += rows;
@@ -199,7 +217,7 @@ macro_rules! products {
 
         /// `out[r] += sum of weights[r][i] * values[i]`
         $(#[target_feature(enable = $feature)])*
-        fn $add_weighted(out: &mut [f32], weights: Rows<'_>, values: &[$number]) {
+        fn $add_weighted(out: &mut [f32], weights: Rows<'_>, values: &[$number], next: Next<'_>) {
             use $vector as vector;
             use vector::LANES;
 
@@ -212,6 +230,7 @@ macro_rules! products {
                 c: usize,
                 weights: [&[f32]; R],
                 values: &[$number],
+                next: Next<'_>,
             ) {
                 let n = weights[0].len();
                 let mut sums = [[vector::zero(); W]; R];
@@ -225,7 +244,7 @@ macro_rules! products {
                 }
                 for (i, value) in values.chunks_exact(dim).take(n).enumerate() {
                     if c == 0 {
-                        fetch_behind(value); // in the order of memory, for all columns
+                        next.fetch(values, value); // in the order of memory, for all columns
                     }
                     let value = value[c..][..W * LANES].as_chunks::<LANES>().0;
                     let mut weight = [vector::zero(); R];
@@ -262,6 +281,7 @@ macro_rules! products {
 
             let (dim, mut r) = (out.len() / weights.rows, 0);
             while r < weights.rows {
+                let next = if r == 0 { next } else { Next(&[]) };
                 let rows = rows_at_once(weights.rows - r);
                 let out = &mut out[r * dim..][..rows * dim];
                 let of = |i: usize| weights.row(r + i);
@@ -269,12 +289,12 @@ macro_rules! products {
                 while c + LANES <= dim {
                     let kept = if c + KEPT * LANES <= dim { KEPT } else { 1 };
                     match (rows, kept) {
-                        (3, KEPT) => some::<3, KEPT>(out, dim, c, [of(0), of(1), of(2)], values),
-                        (2, KEPT) => some::<2, KEPT>(out, dim, c, [of(0), of(1)], values),
-                        (_, KEPT) => some::<1, KEPT>(out, dim, c, [of(0)], values),
-                        (3, _) => some::<3, 1>(out, dim, c, [of(0), of(1), of(2)], values),
-                        (2, _) => some::<2, 1>(out, dim, c, [of(0), of(1)], values),
-                        _ => some::<1, 1>(out, dim, c, [of(0)], values),
+                        (3, KEPT) => some::<3, KEPT>(out, dim, c, [of(0), of(1), of(2)], values, next),
+                        (2, KEPT) => some::<2, KEPT>(out, dim, c, [of(0), of(1)], values, next),
+                        (_, KEPT) => some::<1, KEPT>(out, dim, c, [of(0)], values, next),
+                        (3, _) => some::<3, 1>(out, dim, c, [of(0), of(1), of(2)], values, next),
+                        (2, _) => some::<2, 1>(out, dim, c, [of(0), of(1)], values, next),
+                        _ => some::<1, 1>(out, dim, c, [of(0)], values, next),
                     }
                     c += kept * LANES;
                 }
@@ -294,7 +314,7 @@ pub(super) use products;
 macro_rules! instantiate {
     ($vector:path, [$($feature:literal),*]) => {
         pub(in crate::kernels) static DECODE_ATTENTION: $crate::kernels::decode_attention::Functions = {
-            use $crate::kernels::decode_attention::{Functions, KEPT, KEYS, Rows, fetch_behind, padded, rows_at_once};
+            use $crate::kernels::decode_attention::{Functions, KEPT, KEYS, Next, Rows, padded, rows_at_once};
             $crate::kernels::decode_attention::products!(dots, add_weighted, f32, load, $vector, [$($feature),*]);
             $crate::kernels::decode_attention::products!(dots_f16, add_weighted_f16, u16, widen, $vector, [$($feature),*]);
             Functions { dots, dots_f16, add_weighted, add_weighted_f16 }
@@ -302,15 +322,6 @@ macro_rules! instantiate {
     };
 }
 pub(super) use instantiate;
-
-/// How far ahead in bytes keys and values are fetched: a head's lie behind one another, those of the next tile too.
-const AHEAD: usize = 2048;
-
-/// Asks for what lies [`AHEAD`] of `numbers`.
-#[inline(always)]
-pub(super) fn fetch_behind<T>(numbers: &[T]) {
-    fetch_run(numbers.as_ptr().cast::<u8>().wrapping_add(AHEAD), size_of_val(numbers));
-}
 
 /// Numbers with zeros behind them.
 #[inline(always)]

@@ -231,9 +231,8 @@ fn remember<'a>(
     kv_dim: usize,
 ) {
     for ((owner, &position), kv) in owners.iter().zip(positions).zip(kv) {
-        let (keys, values) = parts[owner.part].sequence.kv.layer_mut(layer);
-        keys.write(position, &kv[..kv_dim]);
-        values.write(position, &kv[kv_dim..]);
+        let (keys, values) = kv.split_at(kv_dim);
+        parts[owner.part].sequence.kv.write(layer, position, keys, values);
     }
 }
 

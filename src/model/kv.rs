@@ -1,4 +1,13 @@
-//! The key/value cache of a sequence: one layer's keys as `[kv_head][position][head_dim]`, values alike.
+//! The key/value cache of a sequence, in tiles of positions:
+//!
+//! ```text
+//! cache = tile[context / TILE]    the last one may be shorter
+//! tile = layer[layers]
+//! layer = keys, values            each [kv_head][position][head_dim]
+//! ```
+//!
+//! A tile is what attention goes through at a time. It is outermost so that memory is taken from the system as the context
+//! fills: with heads or layers outermost, the first token would touch a huge page of each.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -28,11 +37,11 @@ pub enum KvType {
 
 /// Keys and values of every layer, for up to `context` positions.
 pub struct KvCache {
-    kind: KvType,
     context: usize,
+    layers: usize,
     kv_heads: usize,
     head_dim: usize,
-    layers: Vec<(Store, Store)>,
+    data: Data,
     prefix: Option<Prefix>,
 }
 
@@ -43,19 +52,19 @@ struct Prefix {
     positions: usize,
 }
 
-/// One layer's keys or values, wherever they are.
+/// The keys or the values of a layer.
 #[derive(Clone, Copy)]
-pub(super) struct View<'a> {
-    own: &'a Store,
-    prefix: Option<&'a Store>,
-    shared: usize,
+enum Side {
+    Keys = 0,
+    Values = 1,
 }
 
-/// One layer's keys or values.
-pub(super) struct Store {
-    context: usize,
-    head_dim: usize,
-    data: Data,
+/// The keys or values of a layer, wherever they are.
+#[derive(Clone, Copy)]
+pub(super) struct View<'a> {
+    cache: &'a KvCache,
+    layer: usize,
+    side: Side,
 }
 
 impl KvType {
@@ -85,15 +94,24 @@ enum Data {
 }
 
 impl KvCache {
-    /// An empty cache. Memory is taken from the system as positions are written, in huge pages: with more than a few
-    /// heads that is soon all of it.
+    /// An empty cache. Memory is taken from the system as positions are written, [`TILE`] of them at a time.
     pub fn new(config: &Config, context: usize, kind: KvType) -> Self {
         // q8_0 needs whole blocks in a head.
         let whole = kind != KvType::Q8_0 || config.head_dim.is_multiple_of(32);
         let kind = if whole { kind } else { KvType::F16 };
-        let store = || Store::new(config.kv_heads, context, config.head_dim, kind);
-        let layers = (0..config.layers).map(|_| (store(), store())).collect();
-        Self { kind, context, kv_heads: config.kv_heads, head_dim: config.head_dim, layers, prefix: None }
+        let numbers = 2 * config.layers * config.kv_heads * context * config.head_dim;
+        let mut data = match kind {
+            KvType::F32 => Data::F32(Pages::zeroed(numbers)),
+            KvType::F16 => Data::F16(Pages::zeroed(numbers)),
+            KvType::Q8_0 => Data::Q8(Pages::zeroed(GgmlType::Q8_0.row_bytes(numbers))),
+        };
+        match &mut data {
+            Data::F32(pages) => interleave(bytemuck::cast_slice_mut(pages)),
+            Data::F16(pages) => interleave(bytemuck::cast_slice_mut(pages)),
+            Data::Q8(pages) => interleave(pages),
+        }
+        let (layers, kv_heads, head_dim) = (config.layers, config.kv_heads, config.head_dim);
+        Self { context, layers, kv_heads, head_dim, data, prefix: None }
     }
 
     /// Positions that fit.
@@ -103,12 +121,16 @@ impl KvCache {
 
     /// How keys and values are stored.
     pub fn kind(&self) -> KvType {
-        self.kind
+        match self.data {
+            Data::F32(_) => KvType::F32,
+            Data::F16(_) => KvType::F16,
+            Data::Q8(_) => KvType::Q8_0,
+        }
     }
 
     /// Bytes when full.
     pub fn bytes(&self) -> usize {
-        2 * self.layers.len() * self.kv_heads * self.context * self.kind.head_bytes(self.head_dim)
+        2 * self.layers * self.kv_heads * self.context * self.kind().head_bytes(self.head_dim)
     }
 
     /// What [`bytes`](Self::bytes) of such a cache would be; `None` if more than 64 bits tell.
@@ -120,20 +142,43 @@ impl KvCache {
     /// Keeps the cache in memory (`--mlock`).
     pub fn lock(&mut self) -> Result<(), ModelError> {
         let bytes = self.bytes();
-        let stores = self.layers.iter_mut().flat_map(|(k, v)| [k, v]);
-        let mut outcomes = stores.map(|store| match &mut store.data {
+        let outcome = match &mut self.data {
             Data::F32(pages) => pages.lock(),
             Data::F16(pages) => pages.lock(),
             Data::Q8(pages) => pages.lock(),
-        });
-        Ok(locked("the key/value cache", bytes, outcomes.try_for_each(|outcome| outcome))?)
+        };
+        Ok(locked("the key/value cache", bytes, outcome)?)
     }
 
     /// The keys of `layer` at `position`, heads concatenated, `[kv_heads * head_dim]`, rotated as attention uses them.
     pub fn keys(&self, kernels: Kernels, layer: usize, position: usize) -> Vec<f32> {
         let mut keys = vec![0.0; self.kv_heads * self.head_dim];
-        self.layer(layer).0.read(kernels, self.head_dim, position, &mut keys);
+        let (view, _) = self.layer(layer);
+        for (head, out) in keys.chunks_exact_mut(self.head_dim).enumerate() {
+            view.widen(kernels, head, position..position + 1, out);
+        }
         keys
+    }
+
+    /// Stores the keys and values of `layer` at `position`, heads concatenated.
+    pub(super) fn write(&mut self, layer: usize, position: usize, keys: &[f32], values: &[f32]) {
+        self.write_side((layer, Side::Keys), position, keys);
+        self.write_side((layer, Side::Values), position, values);
+    }
+
+    /// Moves `layer`'s position `from` to `to`, with other keys.
+    pub(super) fn move_position(&mut self, layer: usize, from: usize, to: usize, keys: &[f32]) {
+        self.write_side((layer, Side::Keys), to, keys);
+        for head in 0..self.kv_heads {
+            let row = |position| self.rows((layer, Side::Values), head, position..position + 1);
+            let (from, to) = (row(from), row(to).start);
+            let dim = self.head_dim;
+            match &mut self.data {
+                Data::F32(numbers) => move_row(numbers, dim, from, to),
+                Data::F16(bits) => move_row(bits, dim, from, to),
+                Data::Q8(bytes) => move_row(bytes, GgmlType::Q8_0.row_bytes(dim), from, to),
+            }
+        }
     }
 
     /// Takes over the first `positions` of `other`, all that it then has.
@@ -173,7 +218,7 @@ impl KvCache {
 
     /// Copies positions of another cache, wherever it has them.
     fn copy(&mut self, other: &Self, positions: Range<usize>) {
-        let shape = |c: &Self| (c.kind, c.kv_heads, c.head_dim, c.layers.len());
+        let shape = |c: &Self| (c.kind(), c.kv_heads, c.head_dim, c.layers);
         assert!(shape(self) == shape(other) && positions.end <= self.context.min(other.context));
         let shared = other.prefix.as_ref().map_or(0, |p| p.positions.min(positions.end));
         if let Some(prefix) = &other.prefix
@@ -182,176 +227,215 @@ impl KvCache {
             self.copy(&prefix.cache, positions.start..shared);
         }
         let own = positions.start.max(shared)..positions.end;
-        for (to, from) in self.layers.iter_mut().zip(&other.layers) {
-            to.0.copy_from(&from.0, own.clone());
-            to.1.copy_from(&from.1, own.clone());
+        for tile in tiles(own) {
+            for layer in 0..self.layers {
+                for side in [Side::Keys, Side::Values] {
+                    self.copy_own((layer, side), other, tile.clone());
+                }
+            }
+        }
+    }
+
+    /// Copies positions of a tile that `other` has in memory of its own.
+    fn copy_own(&mut self, of: (usize, Side), other: &Self, positions: Range<usize>) {
+        let dim = self.head_dim;
+        for head in 0..self.kv_heads {
+            let (to, from) =
+                (self.rows(of, head, positions.clone()), other.rows(of, head, positions.clone()));
+            match (&mut self.data, &other.data) {
+                (Data::F32(a), Data::F32(b)) => copy_rows(a, b, dim, to, from),
+                (Data::F16(a), Data::F16(b)) => copy_rows(a, b, dim, to, from),
+                (Data::Q8(a), Data::Q8(b)) => copy_rows(a, b, GgmlType::Q8_0.row_bytes(dim), to, from),
+                _ => unreachable!("the kinds were compared"),
+            }
         }
     }
 
     /// Keys and values of a layer.
     pub(super) fn layer(&self, layer: usize) -> (View<'_>, View<'_>) {
-        let (k, v) = &self.layers[layer];
-        let prefix = self.prefix.as_ref().map(|p| &p.cache.layers[layer]);
-        let shared = self.prefix.as_ref().map_or(0, |p| p.positions);
-        let keys = View { own: k, prefix: prefix.map(|(k, _)| k), shared };
-        (keys, View { own: v, prefix: prefix.map(|(_, v)| v), shared })
+        (View { cache: self, layer, side: Side::Keys }, View { cache: self, layer, side: Side::Values })
     }
 
-    /// The memory of a layer's keys and values, but for the prefix that is shared.
-    pub(super) fn layer_mut(&mut self, layer: usize) -> (&mut Store, &mut Store) {
-        let (k, v) = &mut self.layers[layer];
-        (k, v)
-    }
-}
-
-impl Store {
-    fn new(kv_heads: usize, context: usize, head_dim: usize, kind: KvType) -> Self {
-        let numbers = kv_heads * context * head_dim;
-        let mut data = match kind {
-            KvType::F32 => Data::F32(Pages::zeroed(numbers)),
-            KvType::F16 => Data::F16(Pages::zeroed(numbers)),
-            KvType::Q8_0 => Data::Q8(Pages::zeroed(GgmlType::Q8_0.row_bytes(numbers))),
-        };
-        match &mut data {
-            Data::F32(pages) => interleave(bytemuck::cast_slice_mut(pages)),
-            Data::F16(pages) => interleave(bytemuck::cast_slice_mut(pages)),
-            Data::Q8(pages) => interleave(pages),
-        }
-        Self { context, head_dim, data }
+    /// Where positions of a tile lie, counted in rows of `head_dim` numbers.
+    fn rows(&self, (layer, side): (usize, Side), head: usize, positions: Range<usize>) -> Range<usize> {
+        let first = positions.start / TILE * TILE;
+        let tile = TILE.min(self.context - first);
+        assert!(
+            positions.start <= positions.end && positions.end <= first + tile,
+            "{positions:?} of one tile"
+        );
+        let before = 2 * self.layers * self.kv_heads * first;
+        let run = before + ((2 * layer + side as usize) * self.kv_heads + head) * tile;
+        run + positions.start - first..run + positions.end - first
     }
 
-    /// Stores `heads` (all heads of one position, concatenated).
-    pub(super) fn write(&mut self, position: usize, heads: &[f32]) {
-        assert!(position < self.context);
-        for (h, values) in heads.chunks_exact(self.head_dim).enumerate() {
-            let at = (h * self.context + position) * self.head_dim;
+    fn write_side(&mut self, of: (usize, Side), position: usize, heads: &[f32]) {
+        let dim = self.head_dim;
+        for (head, values) in heads.chunks_exact(dim).enumerate() {
+            let row = self.rows(of, head, position..position + 1).start;
             match &mut self.data {
-                Data::F32(numbers) => numbers[at..at + self.head_dim].copy_from_slice(values),
+                Data::F32(numbers) => numbers[row * dim..][..dim].copy_from_slice(values),
                 Data::F16(bits) => {
+                    let bits = bits[row * dim..][..dim].chunks_mut(256);
                     let mut halves = [f16::ZERO; 256];
-                    for (bits, values) in bits[at..at + self.head_dim].chunks_mut(256).zip(values.chunks(256))
-                    {
+                    for (bits, values) in bits.zip(values.chunks(256)) {
                         let halves = &mut halves[..values.len()];
                         halves.convert_from_f32_slice(values);
                         bits.iter_mut().zip(halves).for_each(|(b, h)| *b = h.to_bits());
                     }
                 }
                 Data::Q8(bytes) => {
-                    let n = GgmlType::Q8_0.row_bytes(self.head_dim);
-                    quant::quantize_row(
-                        GgmlType::Q8_0,
-                        values,
-                        &mut bytes[GgmlType::Q8_0.row_bytes(at)..][..n],
-                    );
+                    let n = GgmlType::Q8_0.row_bytes(dim);
+                    quant::quantize_row(GgmlType::Q8_0, values, &mut bytes[row * n..][..n]);
                 }
             }
         }
     }
-
-    /// Copies position `from` of every head to position `to`.
-    pub(super) fn copy(&mut self, from: usize, to: usize) {
-        assert!(from < self.context && to < self.context);
-        let (context, dim) = (self.context, self.head_dim);
-        match &mut self.data {
-            Data::F32(numbers) => copy_within(numbers, context, dim, from, to),
-            Data::F16(bits) => copy_within(bits, context, dim, from, to),
-            Data::Q8(bytes) => copy_within(bytes, context, GgmlType::Q8_0.row_bytes(dim), from, to),
-        }
-    }
-
-    /// Takes over some positions of every head of `other`, which stores numbers alike.
-    fn copy_from(&mut self, other: &Self, positions: Range<usize>) {
-        let (to, from, dim) = (self.context, other.context, self.head_dim);
-        let (at, n) = (positions.start * dim, positions.len() * dim);
-        match (&mut self.data, &other.data) {
-            (Data::F32(a), Data::F32(b)) => copy_heads((a, to * dim), (b, from * dim), at..at + n),
-            (Data::F16(a), Data::F16(b)) => copy_heads((a, to * dim), (b, from * dim), at..at + n),
-            (Data::Q8(a), Data::Q8(b)) => {
-                let bytes = |numbers| GgmlType::Q8_0.row_bytes(numbers);
-                copy_heads((a, bytes(to * dim)), (b, bytes(from * dim)), bytes(at)..bytes(at + n));
-            }
-            _ => unreachable!("the kinds were compared"),
-        }
-    }
-
-    /// The numbers of every head at `position`, widened into `out`.
-    pub(super) fn read(&self, kernels: Kernels, position: usize, out: &mut [f32]) {
-        for (h, out) in out.chunks_exact_mut(self.head_dim).enumerate() {
-            self.widen(kernels, h, position..position + 1, out);
-        }
-    }
 }
 
-fn copy_within<T: Copy>(data: &mut [T], context: usize, dim: usize, from: usize, to: usize) {
-    for head in data.chunks_exact_mut(context * dim) {
-        head.copy_within(from * dim..(from + 1) * dim, to * dim);
-    }
+/// The parts of `positions` that lie in a tile each.
+fn tiles(positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let first = positions.start / TILE * TILE;
+    (first..positions.end)
+        .step_by(TILE)
+        .map(move |tile| tile.max(positions.start)..(tile + TILE).min(positions.end))
 }
 
-/// Some elements of each head of `from`, to those of `to`; heads begin every so many elements.
-fn copy_heads<T: Copy>(
-    (to, to_head): (&mut [T], usize),
-    (from, from_head): (&[T], usize),
-    part: Range<usize>,
-) {
-    for (to, from) in to.chunks_exact_mut(to_head).zip(from.chunks_exact(from_head)) {
-        to[part.clone()].copy_from_slice(&from[part.clone()]);
-    }
+/// Copies row `from` of `n` elements to row `to`.
+fn move_row<T: Copy>(data: &mut [T], n: usize, from: Range<usize>, to: usize) {
+    data.copy_within(from.start * n..from.end * n, to * n);
+}
+
+/// Copies rows of `n` elements.
+fn copy_rows<T: Copy>(a: &mut [T], b: &[T], n: usize, to: Range<usize>, from: Range<usize>) {
+    a[to.start * n..to.end * n].copy_from_slice(&b[from.start * n..from.end * n]);
 }
 
 impl View<'_> {
-    fn of(&self, positions: &Range<usize>) -> &Store {
-        match self.prefix {
-            Some(prefix) if positions.end <= self.shared => prefix,
-            _ => self.own,
-        }
-    }
-
-    /// The numbers of every head at `position`, widened into `out`.
-    fn read(&self, kernels: Kernels, head_dim: usize, position: usize, out: &mut [f32]) {
-        for (h, out) in out.chunks_exact_mut(head_dim).enumerate() {
-            self.widen(kernels, h, position..position + 1, out);
-        }
+    /// The cache that has these positions, and in which rows.
+    fn rows(&self, head: usize, positions: Range<usize>) -> (&KvCache, Range<usize>) {
+        let cache = match &self.cache.prefix {
+            Some(prefix) if positions.end <= prefix.positions => &prefix.cache,
+            _ => self.cache,
+        };
+        (cache, cache.rows((self.layer, self.side), head, positions))
     }
 }
 
 impl CacheTile for View<'_> {
     fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
-        self.of(&positions).stored(head, positions)
-    }
-
-    fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
-        self.of(&positions).widen(kernels, head, positions, out);
-    }
-}
-
-impl Store {
-    /// Where the numbers of a head's positions are.
-    fn range(&self, head: usize, positions: Range<usize>) -> Range<usize> {
-        let first = head * self.context;
-        (first + positions.start) * self.head_dim..(first + positions.end) * self.head_dim
-    }
-}
-
-impl CacheTile for Store {
-    fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_> {
-        let range = self.range(head, positions);
-        match &self.data {
-            Data::F32(numbers) => Stored::F32(&numbers[range]),
-            Data::F16(bits) => Stored::F16(&bits[range]),
+        let (cache, rows) = self.rows(head, positions);
+        let numbers = rows.start * cache.head_dim..rows.end * cache.head_dim;
+        match &cache.data {
+            Data::F32(all) => Stored::F32(&all[numbers]),
+            Data::F16(bits) => Stored::F16(&bits[numbers]),
             Data::Q8(_) => Stored::Packed,
         }
     }
 
     fn widen(&self, kernels: Kernels, head: usize, positions: Range<usize>, out: &mut [f32]) {
-        let range = self.range(head, positions);
-        match &self.data {
-            Data::F32(numbers) => out.copy_from_slice(&numbers[range]),
-            Data::F16(bits) => kernels.widen(&bits[range], out),
+        let (cache, rows) = self.rows(head, positions);
+        let numbers = rows.start * cache.head_dim..rows.end * cache.head_dim;
+        match &cache.data {
+            Data::F32(all) => out.copy_from_slice(&all[numbers]),
+            Data::F16(bits) => kernels.widen(&bits[numbers], out),
             Data::Q8(bytes) => {
-                let row = |n| GgmlType::Q8_0.row_bytes(n);
-                quant::dequantize_row(GgmlType::Q8_0, &bytes[row(range.start)..row(range.end)], out);
+                let n = GgmlType::Q8_0.row_bytes(cache.head_dim);
+                quant::dequantize_row(GgmlType::Q8_0, &bytes[rows.start * n..rows.end * n], out);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache(context: usize) -> KvCache {
+        let (layers, kv_heads, head_dim) = (3, 2, 4);
+        let data = Data::F16(Pages::zeroed(2 * layers * kv_heads * context * head_dim));
+        KvCache { context, layers, kv_heads, head_dim, data, prefix: None }
+    }
+
+    /// Every position of every head has a row of its own, and those of a tile lie together.
+    #[test]
+    fn tiles_lie_one_behind_the_other() {
+        let cache = cache(2 * TILE + 5);
+        let mut taken = vec![false; 2 * 3 * 2 * cache.context];
+        for position in 0..cache.context {
+            for (layer, head) in (0..3).flat_map(|layer| (0..2).map(move |head| (layer, head))) {
+                for side in [Side::Keys, Side::Values] {
+                    let rows = cache.rows((layer, side), head, position..position + 1);
+                    assert!(rows.len() == 1 && !std::mem::replace(&mut taken[rows.start], true));
+                    assert_eq!(rows.start / (2 * 3 * 2 * TILE), position / TILE);
+                }
+            }
+        }
+        assert!(taken.into_iter().all(|taken| taken));
+    }
+
+    fn value(layer: usize, position: usize, i: usize) -> f32 {
+        (layer * 1000 + position + 300 * i) as f32
+    }
+
+    fn filled(context: usize, positions: usize) -> KvCache {
+        let mut cache = cache(context);
+        for (layer, position) in (0..3).flat_map(|layer| (0..positions).map(move |p| (layer, p))) {
+            let keys: Vec<f32> = (0..8).map(|i| value(layer, position, i)).collect();
+            let values: Vec<f32> = keys.iter().map(|key| -key).collect();
+            cache.write(layer, position, &keys, &values);
+        }
+        cache
+    }
+
+    /// The positions hold what [`filled`] wrote at `origin(position)`.
+    fn check(cache: &KvCache, positions: Range<usize>, origin: impl Fn(usize) -> usize) {
+        let kernels = Kernels::select(Some("scalar")).unwrap();
+        let mut found = [0.0; 4];
+        for (layer, position) in (0..3).flat_map(|layer| positions.clone().map(move |p| (layer, p))) {
+            let (keys, values) = cache.layer(layer);
+            for (head, (view, sign)) in
+                [(0, (keys, 1.0)), (1, (keys, 1.0)), (0, (values, -1.0)), (1, (values, -1.0))]
+            {
+                view.widen(kernels, head, position..position + 1, &mut found);
+                let want = [0, 1, 2, 3]
+                    .map(|i| sign * f16::from_f32(value(layer, origin(position), 4 * head + i)).to_f32());
+                assert_eq!(found, want, "layer {layer}, position {position}, head {head}");
+            }
+        }
+    }
+
+    #[test]
+    fn positions_move_and_are_copied_or_shared_across_tiles() {
+        let n = 2 * TILE + 9;
+        let from = filled(n + 3, n);
+        check(&from, 0..n, |p| p);
+
+        let mut moved = filled(n, n);
+        for (layer, position) in (0..3).flat_map(|layer| (TILE..n).map(move |p| (layer, p))) {
+            let keys = moved.keys(Kernels::select(Some("scalar")).unwrap(), layer, position);
+            moved.move_position(layer, position, position - 7, &keys);
+        }
+        check(&moved, 0..TILE - 7, |p| p);
+        check(&moved, TILE - 7..n - 7, |p| p + 7);
+
+        // Caches of other lengths, whose last tiles are laid out otherwise.
+        let mut copy = cache(n + TILE);
+        copy.copy_prefix(&from, n);
+        check(&copy, 0..n, |p| p);
+        let shared = Arc::new(from);
+        for positions in [TILE - 1, TILE, n - 1] {
+            let mut other = cache(n + 1);
+            other.share_prefix(&shared, positions);
+            check(&other, 0..positions, |p| p);
+            let mut third = cache(n);
+            third.copy_prefix(&other, positions);
+            check(&third, 0..positions, |p| p);
+            other.truncate(positions - 3);
+            check(&other, 0..positions - 3, |p| p);
+            other.own(positions - 3);
+            assert!(other.prefix.is_none());
+            check(&other, 0..positions - 3, |p| p);
         }
     }
 }

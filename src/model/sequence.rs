@@ -151,15 +151,12 @@ impl Sequence {
         let mut back = RopeTable::default();
         // Every key turns by the same angle; the magnitude is in the keys already.
         back.fill(on, &frequencies, 1.0, &[drop]);
-        let mut key = vec![0.0; config.kv_dim()];
         let (style, kv_dim) = (config.rope.style, config.kv_dim());
         for layer in 0..config.layers {
-            let (keys, values) = self.kv.layer_mut(layer);
             for from in keep + drop..end {
-                keys.read(on.kernels, from, &mut key);
-                back.apply(on, style, &mut key, kv_dim, config.kv_heads, config.head_dim);
-                keys.write(from - drop, &key);
-                values.copy(from, from - drop);
+                let mut keys = self.kv.keys(on.kernels, layer, from);
+                back.apply(on, style, &mut keys, kv_dim, config.kv_heads, config.head_dim);
+                self.kv.move_position(layer, from, from - drop, &keys);
             }
         }
         self.position = end - drop;

@@ -3,7 +3,7 @@
 mod columns;
 mod tiles;
 
-use super::decode_attention::Rows;
+use super::decode_attention::{Next, Rows};
 use super::*;
 use crate::quant::{is_quantised, quantize_row};
 
@@ -346,12 +346,14 @@ fn attention_products_of_several_rows_are_those_of_each() {
             let wide: Vec<f32> = half.iter().map(|&b| half::f16::from_bits(b).to_f32()).collect();
             let queries = Rows { data: &q, rows, cols: dim, stride: dim };
             let weights = Rows { data: &w, rows, cols: n, stride };
+            // What is fetched may be longer or shorter than what is read.
+            let bytes: &[u8] = bytemuck::cast_slice(&half);
             let (mut scores, mut scores_f16) = (vec![0.0; rows * stride], vec![0.0; rows * stride]);
-            k.dots_of_rows(queries, &wide, (&mut scores, stride));
-            k.dots_f16_of_rows(queries, &half, (&mut scores_f16, stride));
+            k.dots_of_rows(queries, &wide, (&mut scores, stride), Next(bytes));
+            k.dots_f16_of_rows(queries, &half, (&mut scores_f16, stride), Next(bytes));
             let (mut out, mut out_f16) = (q.clone(), q.clone());
-            k.add_weighted_rows(&mut out, weights, &wide);
-            k.add_weighted_f16_rows(&mut out_f16, weights, &half);
+            k.add_weighted_rows(&mut out, weights, &wide, Next(bytes));
+            k.add_weighted_f16_rows(&mut out_f16, weights, &half, Next(&bytes[..bytes.len() / 2]));
             assert!(scores == scores_f16 && out == out_f16, "{} {rows}x{dim}x{n}", k.name());
             for r in 0..rows {
                 let (mut alone, mut sum) = (vec![0.0; n], q[r * dim..][..dim].to_vec());

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{AttentionScratch, CacheTile, Seen, Shape, Stored, TILE, ThreadScratch, max, scaled_queries};
 use crate::kernels::Kernels;
-use crate::kernels::decode_attention::Rows;
+use crate::kernels::decode_attention::{Next, Rows};
 use crate::ops::Compute;
 
 /// Tiles of a head whose sums wait in memory; those of longer contexts are added to the totals so many at a time.
@@ -133,7 +133,8 @@ pub(super) fn one_sequence<C: CacheTile + Copy>(
     let n = shape.group() * shape.head_dim;
     on.team.for_tiles(out, shape.kv_heads * n, (seen.rows, n), &mut scratch.threads, |scratch, mut tile| {
         let queries = Queries::new(shape, seen, tile.cols().start / n);
-        let total = queries.all(on.kernels, q, seen, scratch);
+        let then = queries.first_keys(seen, queries.kv_head + 1);
+        let total = queries.all(on.kernels, q, seen, scratch, then);
         (0..seen.rows).for_each(|t| queries.finish(&total, t, tile.row(t)));
     });
 }
@@ -160,8 +161,13 @@ fn by_tiles<C: CacheTile + Copy>(
             let from = from + i % n * TILE;
             let queries = Queries::new(shape, seen, i / n);
             queries.begin(q, &mut scratch.decode);
-            let (positions, sums) = (from..(from + TILE).min(end), Sums::of(tile.row(i), rows, dim));
-            queries.tile(on.kernels, positions, seen, &mut scratch.decode.work, sums);
+            let tile_from = |from: usize| from..(from + TILE).min(end);
+            let (positions, sums) = (tile_from(from), Sums::of(tile.row(i), rows, dim));
+            let then = match from + TILE {
+                next if next < end => stored(&seen.keys, queries.kv_head, tile_from(next)),
+                _ => queries.first_keys(seen, queries.kv_head + 1),
+            };
+            queries.tile(on.kernels, positions, seen, &mut scratch.decode.work, sums, then);
         });
         on.team.for_plain_tiles(totals, len, (1, len), |mut tile| {
             let head = tile.rows().start;
@@ -193,7 +199,8 @@ pub(super) fn one_row_each<C: CacheTile + Copy>(
         let kv_head = tile.cols().start / n;
         for row in tile.rows() {
             let queries = Queries::new(shape, &seen[row], kv_head);
-            let total = queries.all(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch);
+            let then = seen.get(row + 1).map_or(Next(&[]), |seen| queries.first_keys(seen, kv_head));
+            let total = queries.all(on.kernels, (&q[row * q_stride..], q_stride), &seen[row], scratch, then);
             queries.finish(&total, 0, tile.row(row));
         }
     });
@@ -220,28 +227,39 @@ impl Queries {
         scaled_queries(self.shape, q, self.kv_head * group, 0..self.rows, &mut scratch.work.queries);
     }
 
-    /// The sums of all tiles, one after the other.
+    /// The keys of the first tile of a head, if there is such a head.
+    fn first_keys<'c, C: CacheTile>(&self, seen: &'c Seen<C>, kv_head: usize) -> Next<'c> {
+        let end = seen.first + seen.rows;
+        if kv_head < self.shape.kv_heads { stored(&seen.keys, kv_head, 0..end.min(TILE)) } else { Next(&[]) }
+    }
+
+    /// The sums of all tiles, one after the other; `then` is read next.
     fn all<'s, C: CacheTile>(
         &self,
         kernels: Kernels,
         q: (&[f32], usize),
         seen: &Seen<C>,
         scratch: &'s mut ThreadScratch,
+        then: Next<'_>,
     ) -> Sums<'s> {
         let (rows, dim, end) = (self.rows * self.shape.group(), self.shape.head_dim, self.first + self.rows);
         self.begin(q, &mut scratch.decode);
         let Scratch { work, tile, total } = &mut scratch.decode;
         let mut total = Sums::of(total, rows, dim);
         total.clear();
+        let tile_from = |from: usize| from..(from + TILE).min(end);
         for from in (0..end).step_by(TILE) {
-            let positions = from..(from + TILE).min(end);
-            self.tile(kernels, positions, seen, work, Sums::of(tile, rows, dim));
+            let then = match from + TILE {
+                next if next < end => stored(&seen.keys, self.kv_head, tile_from(next)),
+                _ => then,
+            };
+            self.tile(kernels, tile_from(from), seen, work, Sums::of(tile, rows, dim), then);
             total.add(&tile[..Sums::len(rows, dim)]);
         }
         total
     }
 
-    /// The sums of a tile.
+    /// The sums of a tile; `then` is read next.
     fn tile<C: CacheTile>(
         &self,
         kernels: Kernels,
@@ -249,15 +267,17 @@ impl Queries {
         seen: &Seen<C>,
         work: &mut Work,
         mut sums: Sums<'_>,
+        then: Next<'_>,
     ) {
         let (dim, group) = (self.shape.head_dim, self.shape.group());
         let Work { queries, scores, wide } = work;
         let wide = &mut wide[..positions.len() * dim];
         let keys = in_place(kernels, &seen.keys, self.kv_head, &positions, wide);
         let queries = Rows { data: queries, rows: self.rows * group, cols: dim, stride: dim };
+        let next = stored(&seen.values, self.kv_head, positions.clone());
         match keys {
-            InPlace::F16(keys) => kernels.dots_f16_of_rows(queries, keys, (scores, TILE)),
-            InPlace::F32(keys) => kernels.dots_of_rows(queries, keys, (scores, TILE)),
+            InPlace::F16(keys) => kernels.dots_f16_of_rows(queries, keys, (scores, TILE), next),
+            InPlace::F32(keys) => kernels.dots_of_rows(queries, keys, (scores, TILE), next),
         }
         sums.clear();
         let values = in_place(kernels, &seen.values, self.kv_head, &positions, wide);
@@ -275,9 +295,10 @@ impl Queries {
             }
             let weights = Rows { data: &scores[rows.start * TILE..], rows: group, cols: n, stride: TILE };
             let out = &mut sums.out[rows.start * dim..rows.end * dim];
+            let next = if token == 0 { then } else { Next(&[]) };
             match values {
-                InPlace::F16(values) => kernels.add_weighted_f16_rows(out, weights, &values[..n * dim]),
-                InPlace::F32(values) => kernels.add_weighted_rows(out, weights, &values[..n * dim]),
+                InPlace::F16(values) => kernels.add_weighted_f16_rows(out, weights, &values[..n * dim], next),
+                InPlace::F32(values) => kernels.add_weighted_rows(out, weights, &values[..n * dim], next),
             }
         }
     }
@@ -297,6 +318,15 @@ impl Queries {
 enum InPlace<'a> {
     F32(&'a [f32]),
     F16(&'a [u16]),
+}
+
+/// Keys or values as kernels fetch them; none that are to be widened first.
+fn stored<'c>(cache: &'c impl CacheTile, head: usize, positions: Range<usize>) -> Next<'c> {
+    match cache.stored(head, positions) {
+        Stored::F32(numbers) => Next(bytemuck::cast_slice(numbers)),
+        Stored::F16(bits) => Next(bytemuck::cast_slice(bits)),
+        Stored::Packed => Next(&[]),
+    }
 }
 
 /// Keys or values where they are, or widened into `wide`.
