@@ -6,10 +6,13 @@
 use super::Kernels;
 use super::fetch::fetch;
 
+/// Where results of rows go, and how many elements those of a row are from those of the next.
+type Out<'a> = (&'a mut [f32], usize);
+
 /// The functions of one instruction set; `unsafe` to call where the CPU lacks it.
 pub(super) struct Functions {
-    pub dots: unsafe fn(Rows<'_>, &[f32], (&mut [f32], usize), Next<'_>),
-    pub dots_f16: unsafe fn(Rows<'_>, &[u16], (&mut [f32], usize), Next<'_>),
+    pub dots: unsafe fn(Rows<'_>, &[f32], Out<'_>, Next<'_>),
+    pub dots_f16: unsafe fn(Rows<'_>, &[u16], Out<'_>, Next<'_>),
     pub add_weighted: unsafe fn(&mut [f32], Rows<'_>, &[f32], Next<'_>),
     pub add_weighted_f16: unsafe fn(&mut [f32], Rows<'_>, &[u16], Next<'_>),
 }
@@ -79,14 +82,14 @@ impl Kernels {
 
     /// [`dots`](Self::dots) of several queries, which share the loads of keys; what one gives does not depend on the
     /// others. Their results begin every so many elements of `out`.
-    pub fn dots_of_rows(&self, q: Rows<'_>, keys: &[f32], out: (&mut [f32], usize), next: Next<'_>) {
+    pub fn dots_of_rows(&self, q: Rows<'_>, keys: &[f32], out: Out<'_>, next: Next<'_>) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
         unsafe { (self.isa.functions.decode_attention.dots)(q, keys, out, next) }
     }
 
     /// [`dots_of_rows`](Self::dots_of_rows) with keys in half precision (bits).
-    pub fn dots_f16_of_rows(&self, q: Rows<'_>, keys: &[u16], out: (&mut [f32], usize), next: Next<'_>) {
+    pub fn dots_f16_of_rows(&self, q: Rows<'_>, keys: &[u16], out: Out<'_>, next: Next<'_>) {
         q.check_keys(keys.len(), out.0.len(), out.1);
         // SAFETY: the handle proves the ISA.
         unsafe { (self.isa.functions.decode_attention.dots_f16)(q, keys, out, next) }
