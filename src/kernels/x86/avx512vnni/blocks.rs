@@ -13,6 +13,7 @@ use crate::kernels::x86::{IQ4_VALUES, part, scales_q3_k, word};
 
 /// Four blocks A, B, C, D of 32 weights: `low` holds the first halves `A0..16 B0..16 C0..16 D0..16`, `high` the second
 /// halves, so a lane of four bytes belongs to block `lane / 4` in both.
+#[derive(Clone, Copy)]
 pub(super) struct Four {
     pub low: __m512i,
     pub high: __m512i,
@@ -297,7 +298,7 @@ pub(super) fn q5_1_scales(rows: [&[u8; 96]; 4]) -> Scales {
 /// Four blocks of Q8_0 in the order of the row, 128 greater than the file has them.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) fn q8_0(b: &[u8; 136]) -> [__m512i; 2] {
+pub(super) fn q8_0_in_order(b: &[u8; 136]) -> [__m512i; 2] {
     // The second block's half from two bytes on: a masked load instead of a shuffle.
     let two = |first: &[u8; 64], second: &[u8; 64]| {
         // SAFETY: 64 readable bytes; the load has no alignment.
@@ -305,6 +306,14 @@ pub(super) fn q8_0(b: &[u8; 136]) -> [__m512i; 2] {
         _mm512_xor_si512(q, _mm512_set1_epi8(-128))
     };
     [two(part::<2, 64>(b), part::<4, 64>(b)), two(part::<70, 64>(b), part::<72, 64>(b))]
+}
+
+/// Four blocks of Q8_0.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) fn q8_0(b: &[u8; 136]) -> Four {
+    let [low, high] = halves_of_four(q8_0_in_order(b));
+    Four { low, high }
 }
 
 #[inline]
@@ -335,12 +344,19 @@ fn floats(bytes: __m128i) -> __m512 {
     _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
 }
 
-/// Q4_K in the order of its bytes: groups 0 2, 1 3, 4 6, 5 7.
+/// The first halves of four runs of 32 bytes, and the second ones.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn halves_of_four([a, b]: [__m512i; 2]) -> [__m512i; 2] {
+    [_mm512_shuffle_i64x2::<0b10_00_10_00>(a, b), _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b)]
+}
+
+/// Q4_K: the first halves of groups 0, 2, 4 and 6, their second halves, and the same of the odd groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn q4_k(b: &[u8; 144]) -> Super {
-    let (z0, z1) = (load64(part::<16, 64>(b)), load64(part::<80, 64>(b)));
-    [low_nibbles(z0), high_nibbles(z0), low_nibbles(z1), high_nibbles(z1)]
+    let [z0, z1] = halves_of_four([load64(part::<16, 64>(b)), load64(part::<80, 64>(b))]);
+    [low_nibbles(z0), low_nibbles(z1), high_nibbles(z0), high_nibbles(z1)]
 }
 
 /// Scales and minima of Q4_K and Q5_K, which begin alike.
@@ -393,19 +409,21 @@ pub(super) const fn two_halves(low: i32, high: i32) -> [i32; 16] {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 pub(super) fn q5_k(b: &[u8; 176]) -> Super {
-    let (z0, z1) = (load64(part::<48, 64>(b)), load64(part::<112, 64>(b)));
-    let bits = _mm512_broadcast_i64x4(load32(part::<16, 32>(b)));
+    let [z0, z1] = halves_of_four([load64(part::<48, 64>(b)), load64(part::<112, 64>(b))]);
+    let bits = |half: &[u8; 16]| _mm512_broadcast_i32x4(load16(half));
+    let (bits0, bits1) = (bits(part::<16, 16>(b)), bits(part::<32, 16>(b)));
     // Bit `g` of byte `i` is the fifth bit of weight `i` of group `g`.
-    let fifth = |q, mask: i64, mask2: i64| {
-        let select = _mm512_set_epi64(mask2, mask2, mask2, mask2, mask, mask, mask, mask);
-        _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, select), q, _mm512_set1_epi8(16))
-    };
     const BIT: i64 = 0x0101_0101_0101_0101;
+    let even = _mm512_setr_epi64(BIT, BIT, BIT << 2, BIT << 2, BIT << 4, BIT << 4, BIT << 6, BIT << 6);
+    let odd = _mm512_slli_epi64(even, 1);
+    let fifth = |q, bits, groups| {
+        _mm512_mask_add_epi8(q, _mm512_test_epi8_mask(bits, groups), q, _mm512_set1_epi8(16))
+    };
     [
-        fifth(low_nibbles(z0), BIT, BIT << 2),
-        fifth(high_nibbles(z0), BIT << 1, BIT << 3),
-        fifth(low_nibbles(z1), BIT << 4, BIT << 6),
-        fifth(high_nibbles(z1), BIT << 5, (0x80u64 * BIT as u64) as i64),
+        fifth(low_nibbles(z0), bits0, even),
+        fifth(low_nibbles(z1), bits1, even),
+        fifth(high_nibbles(z0), bits0, odd),
+        fifth(high_nibbles(z1), bits1, odd),
     ]
 }
 

@@ -6,10 +6,10 @@
 use std::arch::x86_64::*;
 use std::cell::RefCell;
 
-use super::blocks::{self, Four, Scales, Super, lanes, two_halves};
+use super::blocks::{self, Four, Scales, Super, lanes};
 use crate::gguf::GgmlType;
 use crate::kernels::rows::{Consecutive, Listed, WeightRows};
-use crate::kernels::x86::{each_four_tokens, is_amd};
+use crate::kernels::x86::is_amd;
 use crate::kernels::{Activations, Q8Row};
 
 /// Rows that go through the blocks together: they share what is loaded of the activations, and their
@@ -25,34 +25,27 @@ const NEAR: usize = 6144;
 const LINE: usize = 64;
 const AGAIN: usize = 4 * LINE;
 
-/// Activations for a step, prepared once for all rows: `q` bytes in the order of the type's, `start` where the integer sum
-/// of each begins (minus the zero point times the activations, spread over a group's lanes anyhow); and for each row that
-/// [`Scales`] has room for, in the same lanes as there, the scale of each group and `scale * sum`, by which a minimum counts.
+/// Activations for a step, prepared once for all rows: `q` bytes in the order of the type's; and for each sum of a group of each
+/// row that goes together, in the lanes where these are, the group's scale, and what the activations' sum is needed for: for a
+/// type with a zero point what is to be added, minus it times the sum; for one with minima `scale * sum`, as bits.
 #[derive(Clone, Copy)]
 struct Acts<const N: usize> {
     q: [__m512i; N],
-    start: [__m512i; N],
     scale: __m512,
-    sum: __m512,
+    sum: __m512i,
 }
 
 impl<const N: usize> Acts<N> {
-    /// Where sum `i` begins; 0 for types without a zero point, for which it need not be loaded.
-    #[inline(always)]
-    fn start<const ZERO: bool>(&self, i: usize) -> __m512i {
-        // SAFETY: only the kernels of this module make `Acts`.
-        if ZERO { self.start[i] } else { unsafe { _mm512_setzero_si512() } }
+    /// From the order of [`Scales`] to that of the sums.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn in_order(self, order: &[i32; 16]) -> Self {
+        Self {
+            scale: _mm512_permutexvar_ps(lanes(order), self.scale),
+            sum: _mm512_permutexvar_epi32(lanes(order), self.sum),
+            ..self
+        }
     }
-}
-
-const fn blocks_of_lanes(per: usize, first: usize) -> [i32; 16] {
-    let mut index = [0; 16];
-    let mut i = 0;
-    while i < 16 {
-        index[i] = (first + i / per) as i32;
-        i += 1;
-    }
-    index
 }
 
 #[inline]
@@ -81,60 +74,40 @@ fn load_sum8(x: &Q8Row<'_>, at: usize) -> __m256i {
     unsafe { _mm256_loadu_si256(s.as_ptr().cast()) }
 }
 
+/// [`Acts::sum`] of a type whose zero point is `2^SHIFT`, or of one with minima (0).
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn start<const SHIFT: u32>(sums: __m512i) -> __m512i {
+fn counted<const SHIFT: u32>(scale: __m512, sums: __m512i) -> __m512i {
     if SHIFT == 0 {
-        _mm512_setzero_si512()
+        _mm512_castps_si512(_mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums)))
     } else {
         _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sums, SHIFT))
     }
 }
 
-/// `scale * sum` of the four blocks of 128 columns, over and over.
+/// The bytes `q` of the four blocks of 128 columns, and the rest over and over.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vl")]
-fn scaled_sums4(scale: __m512, sums: __m256i) -> __m512 {
+fn of_four_blocks<const SHIFT: u32>(x: &Q8Row<'_>, at: usize, q: [__m512i; 2]) -> Acts<2> {
+    let (scale, sums) = (load_scale4(x, at), load_sum8(x, at));
     let pairs = _mm256_add_epi32(sums, _mm256_srli_epi64(sums, 32));
-    let sums = _mm_cvtepi32_ps(_mm256_cvtepi64_epi32(pairs));
-    _mm512_mul_ps(scale, _mm512_broadcast_f32x4(sums))
+    let sums = _mm512_broadcast_i32x4(_mm256_cvtepi64_epi32(pairs));
+    Acts { q, scale, sum: counted::<SHIFT>(scale, sums) }
 }
 
-/// For types whose zero point is `2^SHIFT` (0: none).
+/// For types in the order of [`Four`].
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[target_feature(enable = "avx512f,avx512vl")]
 fn acts4<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts<2> {
     let (q0, q1) = (load_q(x, at), load_q(x, at + 64));
-    let (scale, sums) = (load_scale4(x, at), load_sum8(x, at));
-    // Two sums a block, in its first two lanes.
-    let spread = _mm512_maskz_expand_epi32(0x3333, _mm512_castsi256_si512(sums));
-    Acts {
-        q: [
+    of_four_blocks::<SHIFT>(
+        x,
+        at,
+        [
             _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), q1),
             _mm512_permutex2var_epi64(q0, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), q1),
         ],
-        start: [start::<SHIFT>(spread), _mm512_setzero_si512()],
-        scale,
-        sum: scaled_sums4(scale, sums),
-    }
-}
-
-/// For Q8_0: in the order of the row, blocks A and B, C and D.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn acts_q8_0(x: &Q8Row<'_>, at: usize) -> Acts<2> {
-    let sums = _mm512_castsi256_si512(load_sum8(x, at));
-    // The two sums of a block in the first two of its lanes.
-    let upper = _mm512_maskz_compress_epi32(0x00f0, sums);
-    Acts {
-        q: [load_q(x, at), load_q(x, at + 64)],
-        start: [
-            start::<7>(_mm512_maskz_expand_epi32(0x0303, sums)),
-            start::<7>(_mm512_maskz_expand_epi32(0x0303, upper)),
-        ],
-        scale: load_scale4(x, at),
-        sum: _mm512_setzero_ps(),
-    }
+    )
 }
 
 impl Acts<2> {
@@ -143,7 +116,7 @@ impl Acts<2> {
     fn keep_last(&mut self, blocks: usize) {
         let lanes = (0xf << (4 - blocks) & 0xf) * 0x1111;
         // SAFETY: only the kernels of this module make `Acts`.
-        (self.scale, self.sum) = unsafe { (keep(lanes, self.scale), keep(lanes, self.sum)) };
+        (self.scale, self.sum) = unsafe { keep(lanes, self.scale, self.sum) };
     }
 }
 
@@ -155,8 +128,8 @@ impl Acts<4> {
 
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn keep(lanes: u16, z: __m512) -> __m512 {
-    _mm512_maskz_mov_ps(lanes, z)
+fn keep(lanes: u16, scale: __m512, sum: __m512i) -> (__m512, __m512i) {
+    (_mm512_maskz_mov_ps(lanes, scale), _mm512_maskz_mov_epi32(lanes, sum))
 }
 
 #[inline]
@@ -175,195 +148,152 @@ fn load_scale8(x: &Q8Row<'_>, at: usize) -> __m256 {
     unsafe { _mm256_loadu_ps(s.as_ptr()) }
 }
 
-/// Scales and `scale * sum` of eight groups of 32, twice.
+/// The bytes `q` of the eight groups of 32 in 256 columns, and the rest twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-fn groups32(x: &Q8Row<'_>, at: usize) -> (__m512, __m512) {
-    let scale = load_scale8(x, at);
-    let sums = sums16(x, at);
+fn of_groups32<const SHIFT: u32>(x: &Q8Row<'_>, at: usize, q: [__m512i; 4]) -> Acts<4> {
+    let (scale, sums) = (_mm512_broadcast_f32x8(load_scale8(x, at)), sums16(x, at));
     let pairs = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
-    let scaled = _mm256_mul_ps(scale, _mm256_cvtepi32_ps(_mm512_cvtepi64_epi32(pairs)));
-    (_mm512_broadcast_f32x8(scale), _mm512_broadcast_f32x8(scaled))
+    let sums = _mm512_broadcast_i32x8(_mm512_cvtepi64_epi32(pairs));
+    Acts { q, scale, sum: counted::<SHIFT>(scale, sums) }
 }
 
-/// For Q4_K and Q5_K: groups 0 2, 1 3, 4 6, 5 7.
+/// For Q4_K and Q5_K: the halves of even groups, then those of odd ones.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn acts_k4(x: &Q8Row<'_>, at: usize) -> Acts<4> {
-    let pair = |at| {
-        let (a, b) = (load_q(x, at), load_q(x, at + 64));
-        (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
-    };
-    let ((q0, q1), (q2, q3)) = (pair(at), pair(at + 128));
-    let (scale, sum) = groups32(x, at);
-    Acts { q: [q0, q1, q2, q3], start: [_mm512_setzero_si512(); 4], scale, sum }
+    let q = [load_q(x, at), load_q(x, at + 64), load_q(x, at + 128), load_q(x, at + 192)];
+    of_groups32::<0>(x, at, straight_k4(q))
 }
 
 /// For IQ4_XS: the order of [`Four`], twice.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn acts_iq4_xs(x: &Q8Row<'_>, at: usize) -> Acts<4> {
-    let (a, b) = (acts4::<7>(x, at), acts4::<7>(x, at + 128));
-    let (scale, sum) = groups32(x, at);
-    Acts {
-        q: [a.q[0], a.q[1], b.q[0], b.q[1]],
-        start: [a.start[0], a.start[1], b.start[0], b.start[1]],
-        scale,
-        sum,
-    }
+    let (a, b) = (acts4::<0>(x, at), acts4::<0>(x, at + 128));
+    of_groups32::<7>(x, at, [a.q[0], a.q[1], b.q[0], b.q[1]])
 }
 
 /// For types with groups of 16 in the order of the row.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 fn acts_groups16<const SHIFT: u32>(x: &Q8Row<'_>, at: usize) -> Acts<4> {
-    const TWICE: [i32; 16] = blocks_of_lanes(2, 0);
-    const FIRST: [[i32; 16]; 4] =
-        [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
+    const TWICE: [i32; 16] = [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7];
     let sums = sums16(x, at);
-    let first = |i: usize| start::<SHIFT>(_mm512_maskz_permutexvar_epi32(0x1111, lanes(&FIRST[i]), sums));
     let scale = _mm512_permutexvar_ps(lanes(&TWICE), _mm512_castps256_ps512(load_scale8(x, at)));
     Acts {
         q: [load_q(x, at), load_q(x, at + 64), load_q(x, at + 128), load_q(x, at + 192)],
-        start: [first(0), first(1), first(2), first(3)],
         scale,
-        sum: _mm512_mul_ps(scale, _mm512_cvtepi32_ps(sums)),
+        sum: counted::<SHIFT>(scale, sums),
     }
 }
 
-/// The scale of each lane's group, of the row that is number `row` in `scale`; `SPREAD` says where its first row's are.
+// Sums of groups. A byte dot product leaves a group's in 4 or 8 lanes. They are added up as integers, those of several registers
+// at once, until each lane has a group's exact sum: that takes no more instructions than to convert and scale the parts one by
+// one, and fewer of those that share their units with the dot product.
+
+/// Neighbouring lanes of `a` and `b` added up: in each 16 bytes `a0 + a1, a2 + a3, b0 + b1, b2 + b3`.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn of_row(scale: __m512, spread: &[i32; 16], first: usize) -> __m512 {
-    _mm512_permutexvar_ps(_mm512_add_epi32(lanes(spread), _mm512_set1_epi32(first as i32)), scale)
-}
-
-/// Adds the products of a row's step: `row` is its number in `scale`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step4<const ZERO: bool>(w: &Four, a: &Acts<2>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(a.start::<ZERO>(0), w.low, a.q[0]), w.high, a.q[1]);
-    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), of_row(scale, &BLOCKS, 4 * row), acc)
+fn pairs(a: __m512i, b: __m512i) -> __m512i {
+    let (a, b) = (_mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
+    let even = _mm512_castps_si512(_mm512_shuffle_ps::<0b10_00_10_00>(a, b));
+    _mm512_add_epi32(even, _mm512_castps_si512(_mm512_shuffle_ps::<0b11_01_11_01>(a, b)))
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_q8_0(w: &[__m512i; 2], a: &Acts<2>, scale: __m512, row: usize, mut acc: __m512) -> __m512 {
-    const SPREAD: [i32; 16] = blocks_of_lanes(8, 0);
-    for i in 0..2 {
-        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start[i], w[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, of_row(scale, &SPREAD, 4 * row + 2 * i), acc);
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn products(w: __m512i, q: __m512i) -> __m512i {
+    _mm512_dpbusd_epi32(_mm512_setzero_si512(), w, q)
+}
+
+/// Of four rows of [`Four`]; lanes by block, then row.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn sums4(w: &[Four; 4], q: &[__m512i; 2]) -> __m512i {
+    let mut rows = [_mm512_setzero_si512(); 4];
+    for r in 0..4 {
+        rows[r] = _mm512_dpbusd_epi32(products(w[r].low, q[0]), w[r].high, q[1]);
     }
-    acc
+    pairs(pairs(rows[0], rows[1]), pairs(rows[2], rows[3]))
 }
 
+/// Of a row with groups of 16; see [`ORDER_BY_4`].
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_k4(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    step8::<false>(w, a, scale, 8 * row, &SPREAD_K4, acc)
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn sums_groups16(w: &[Super; 1], q: &[__m512i; 4]) -> __m512i {
+    let [w] = w;
+    let (a, b) = (products(w[0], q[0]), products(w[1], q[1]));
+    let (c, d) = (products(w[2], q[2]), products(w[3], q[3]));
+    pairs(pairs(a, b), pairs(c, d))
 }
 
+/// Of two rows with groups of 32, four of which are in two registers; see [`ORDER_K4`] and, for IQ4_XS, [`ORDER_BY_4`].
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_groups16<const ZERO: bool>(w: &Super, a: &Acts<4>, scale: __m512, _: usize, acc: __m512) -> __m512 {
-    step8::<ZERO>(w, a, scale, 0, &SPREAD_16, acc)
+#[target_feature(enable = "avx512f,avx512vnni")]
+fn sums_groups32(w: &[Super; 2], q: &[__m512i; 4]) -> __m512i {
+    let row = |w: &Super| {
+        let first = _mm512_dpbusd_epi32(products(w[0], q[0]), w[1], q[1]);
+        pairs(first, _mm512_dpbusd_epi32(products(w[2], q[2]), w[3], q[3]))
+    };
+    pairs(row(&w[0]), row(&w[1]))
 }
 
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step_iq4_xs(w: &Super, a: &Acts<4>, scale: __m512, row: usize, acc: __m512) -> __m512 {
-    step8::<true>(w, a, scale, 8 * row, &SPREAD_IQ4_XS, acc)
-}
+/// What each lane of the sums is of: group `i` of [`Scales`], in which the groups of a row follow one another.
+const ORDER_BY_4: [i32; 16] = [0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15];
+const ORDER_K4: [i32; 16] = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15];
 
-/// `SPREAD[i]`: the group of each lane of `w[i]`; the row's first group is number `first` in `scale`.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-fn step8<const ZERO: bool>(
-    w: &Super,
-    a: &Acts<4>,
-    scale: __m512,
-    first: usize,
-    spread: &[[i32; 16]; 4],
-    mut acc: __m512,
-) -> __m512 {
-    for (i, spread) in spread.iter().enumerate() {
-        let sum = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(a.start::<ZERO>(i), w[i], a.q[i]));
-        acc = _mm512_fmadd_ps(sum, of_row(scale, spread, first), acc);
-    }
-    acc
-}
+// The products of four rows from what their groups have together, 4, 2 or 1 rows in a register.
 
-const LANES: [i32; 16] = blocks_of_lanes(1, 0);
-const BLOCKS: [i32; 16] = blocks_of_lanes(4, 0);
-const SPREAD_K4: [[i32; 16]; 4] = [two_halves(0, 2), two_halves(1, 3), two_halves(4, 6), two_halves(5, 7)];
-const SPREAD_IQ4_XS: [[i32; 16]; 4] =
-    [blocks_of_lanes(4, 0), blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 4)];
-const SPREAD_16: [[i32; 16]; 4] =
-    [blocks_of_lanes(4, 0), blocks_of_lanes(4, 4), blocks_of_lanes(4, 8), blocks_of_lanes(4, 12)];
-
-/// What the products of some rows and tokens have so far: their own lanes by row, the part of the minima in the lanes of
-/// [`Scales`], for as many rows together.
-struct Sums<const T: usize> {
-    rows: [[__m512; ROWS]; T],
-    mins: [[__m512; ROWS]; T],
-}
-
-impl<const T: usize> Sums<T> {
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn new() -> Self {
-        Self { rows: [[_mm512_setzero_ps(); ROWS]; T], mins: [[_mm512_setzero_ps(); ROWS]; T] }
-    }
-
-    /// Adds minima times activations for token `t` and the `TOGETHER` rows from `first` on.
-    #[inline]
-    #[target_feature(enable = "avx512f")]
-    fn add_min<const TOGETHER: usize>(&mut self, t: usize, first: usize, min: __m512, sum: __m512) {
-        let to = if TOGETHER == 1 { &mut self.rows[t][first] } else { &mut self.mins[t][first / TOGETHER] };
-        *to = _mm512_fmadd_ps(min, sum, *to);
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-    fn total<const TOGETHER: usize, const MIN: bool>(mut self) -> [[f32; ROWS]; T] {
-        let mut totals = [[0f32; ROWS]; T];
-        for t in 0..T {
-            if MIN && TOGETHER > 1 {
-                for r in 0..ROWS {
-                    // To the same lanes whatever the row's number is, so that it does not change how sums are rounded.
-                    let n = 16 / TOGETHER;
-                    let first = of_row(self.mins[t][r / TOGETHER], &LANES, r % TOGETHER * n);
-                    let first = _mm512_maskz_mov_ps(((1u32 << n) - 1) as u16, first);
-                    self.rows[t][r] = _mm512_add_ps(self.rows[t][r], first);
-                }
-            }
-            totals[t] = reduce4(&self.rows[t]);
-        }
-        totals
-    }
-}
-
-/// The sums of the lanes of four registers.
 #[inline]
 #[target_feature(enable = "avx512f,avx512dq,avx512vl")]
-fn reduce4(a: &[__m512; 4]) -> [f32; 4] {
-    let halves = |z| _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps::<1>(z));
-    let (low, high) =
-        (_mm256_hadd_ps(halves(a[0]), halves(a[1])), _mm256_hadd_ps(halves(a[2]), halves(a[3])));
-    let four = _mm256_hadd_ps(low, high);
-    let four = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps::<1>(four));
-    let mut sums = [0f32; 4];
-    // SAFETY: 16 writable bytes; the store has no alignment.
-    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), four) };
-    sums
+fn halves(z: __m512) -> [__m256; 2] {
+    [_mm512_castps512_ps256(z), _mm512_extractf32x8_ps::<1>(z)]
+}
+
+/// The sum of the 16 bytes of each half.
+#[inline]
+#[target_feature(enable = "avx512f,avx512vl")]
+fn both(z: __m256) -> __m128 {
+    _mm_add_ps(_mm256_castps256_ps128(z), _mm256_extractf128_ps::<1>(z))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn rows4(a: &[__m512; 1]) -> __m128 {
+    let [low, high] = halves(a[0]);
+    both(_mm256_add_ps(low, high))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn rows_groups32(a: &[__m512; 2]) -> __m128 {
+    let two = |z| {
+        let [low, high] = halves(z);
+        both(_mm256_add_ps(low, high))
+    };
+    _mm_hadd_ps(two(a[0]), two(a[1]))
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512dq,avx512vl")]
+fn rows_groups16(a: &[__m512; 4]) -> __m128 {
+    let row = |z| {
+        let [low, high] = halves(z);
+        _mm256_add_ps(low, high)
+    };
+    let (low, high) = (_mm256_hadd_ps(row(a[0]), row(a[1])), _mm256_hadd_ps(row(a[2]), row(a[3])));
+    both(_mm256_hadd_ps(low, high))
 }
 
 /// A function that multiplies rows of one type, `$cols` columns or `$bytes` bytes a step, with some tokens:
 /// `$acts(x, column)` prepares a token's activations; `$scales(rows)` takes the scales of `$together` rows out of their
-/// blocks; `$step(weights, acts, scales, row, acc)` adds the products of those with what `$read(bytes)` made of a row's
-/// weights. `$min`: whether the type has minima.
+/// blocks, and `$read(bytes)` a row's weights; `$sums(weights, acts)` gives the exact sums of their groups, in the order `$order`
+/// of those that the scales have; `$rows(products)` the four rows' from those of their groups. `$zero` and `$min`: whether the type
+/// has a zero point, and minima.
 macro_rules! dot_rows {
-    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $together:literal: $($first:literal)+, $min:literal, $scales:expr, $read:path, $step:expr) => {
+    ($name:ident, $cols:literal, $bytes:literal, $acts:expr, $together:literal: $($first:literal)+,
+     ($zero:literal, $min:literal), $scales:expr, $read:path, $sums:path, $order:path, $rows:path) => {
         // Not inlined: one function for all types would run out of registers.
         #[inline(never)]
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -388,7 +318,7 @@ macro_rules! dot_rows {
                     steps[r] = &row.as_chunks::<$bytes>().0[..row_bytes / $bytes];
                     last[r] = row.last_chunk().expect("a step");
                 }
-                let mut sums = Sums::new();
+                let mut products = [[_mm512_setzero_ps(); ROWS / $together]; T];
                 for (s, acts) in acts_of_steps.iter().enumerate() {
                     let mut step = [&[0; $bytes]; R];
                     for r in 0..R {
@@ -401,27 +331,37 @@ macro_rules! dot_rows {
                     $(if $first < R {
                         const FIRST: usize = $first;
                         let mut together = [step[FIRST]; $together];
+                        let mut weights = [$read(step[FIRST]); $together];
                         for i in 0..$together {
-                            together[i] = step[(FIRST + i).min(R - 1)];
+                            if FIRST + i < R {
+                                prefetch(ahead, (FIRST + i) * $bytes, $bytes, near);
+                                together[i] = step[FIRST + i];
+                                weights[i] = $read(step[FIRST + i]);
+                            }
                         }
-                        let w: Scales = $scales(together);
-                        let mut scale = [w.scale; T];
+                        let Scales { scale, min } = $scales(together);
+                        let (scale, min) =
+                            (_mm512_permutexvar_ps(lanes(&$order), scale), _mm512_permutexvar_ps(lanes(&$order), min));
                         for t in 0..T {
-                            scale[t] = _mm512_mul_ps(w.scale, acts[t].scale);
+                            let (a, of_groups) = (&acts[t], &mut products[t][FIRST / $together]);
                             if $min {
-                                sums.add_min::<$together>(t, FIRST, w.min, acts[t].sum);
+                                *of_groups = _mm512_fmadd_ps(min, _mm512_castsi512_ps(a.sum), *of_groups);
                             }
-                        }
-                        for r in FIRST..(FIRST + $together).min(R) {
-                            prefetch(ahead, r * $bytes, $bytes, near);
-                            let weights = $read(step[r]);
-                            for t in 0..T {
-                                sums.rows[t][r] = $step(&weights, &acts[t], scale[t], r - FIRST, sums.rows[t][r]);
+                            let mut sums = $sums(&weights, &a.q);
+                            if $zero {
+                                sums = _mm512_add_epi32(sums, a.sum);
                             }
+                            let scale = _mm512_mul_ps(scale, a.scale);
+                            *of_groups = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), scale, *of_groups);
                         }
                     })+
                 }
-                sums.total::<$together, $min>()
+                let mut out = [[0f32; ROWS]; T];
+                for t in 0..T {
+                    // SAFETY: 16 writable bytes; the store has no alignment.
+                    unsafe { _mm_storeu_ps(out[t].as_mut_ptr(), $rows(&products[t])) };
+                }
+                out
             }
 
             /// The activations of every token, step by step.
@@ -438,7 +378,7 @@ macro_rules! dot_rows {
                         if !whole {
                             of_step.keep_last(tail);
                         }
-                        acts.push(of_step);
+                        acts.push(of_step.in_order(&$order));
                     }
                 }
             }
@@ -464,26 +404,18 @@ macro_rules! dot_rows {
                 let acts = acts.as_chunks::<T>().0;
                 let (n, mut done) = (out[0].len(), 0);
                 while done < n {
-                    if T == 4 && $together < ROWS && n - done >= 2 {
-                        // The sums of four rows and tokens would leave no registers for what these types unpack.
-                        let sums = rows::<W, 2, T>(w, done, acts);
-                        for t in 0..T {
-                            out[t][done..done + 2].copy_from_slice(&sums[t][..2]);
-                        }
-                        done += 2;
+                    let (sums, rows) = if T > 4 && $together < ROWS && n - done >= 2 {
+                        // The sums of four rows would leave no registers for what these types unpack.
+                        (rows::<W, 2, T>(w, done, acts), 2)
                     } else if n - done >= ROWS {
-                        let sums = rows::<W, ROWS, T>(w, done, acts);
-                        for t in 0..T {
-                            *out[t][done..].first_chunk_mut().expect("as many are left") = sums[t];
-                        }
-                        done += ROWS;
+                        (rows::<W, ROWS, T>(w, done, acts), ROWS)
                     } else {
-                        let sums = rows::<W, 1, T>(w, done, acts);
-                        for t in 0..T {
-                            out[t][done] = sums[t][0];
-                        }
-                        done += 1;
+                        (rows::<W, 1, T>(w, done, acts), 1)
+                    };
+                    for t in 0..T {
+                        out[t][done..done + rows].copy_from_slice(&sums[t][..rows]);
                     }
+                    done += rows;
                 }
             });
         }
@@ -511,18 +443,18 @@ fn prefetch(w: *const u8, ahead: usize, bytes: usize, near: bool) {
     }
 }
 
-dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4: 0, false, blocks::q4_0_scales, blocks::q4_0, step4::<true>);
-dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4: 0, false, blocks::q4_0_scales, blocks::iq4_nl, step4::<true>);
-dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4: 0, true, blocks::q4_1_scales, blocks::q4_1, step4::<false>);
-dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4: 0, false, blocks::q5_0_scales, blocks::q5_0, step4::<true>);
-dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4: 0, true, blocks::q5_1_scales, blocks::q5_1, step4::<false>);
-dot_rows!(dot_q8_0, 128, 136, acts_q8_0, 4: 0, false, blocks::q8_0_scales, blocks::q8_0, step_q8_0);
-dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1: 0 1 2 3, true, blocks::q2_k_scales, blocks::q2_k, step_groups16::<false>);
-dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1: 0 1 2 3, false, blocks::q3_k_scales, blocks::q3_k, step_groups16::<true>);
-dot_rows!(dot_q4_k, 256, 144, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q4_k, step_k4);
-dot_rows!(dot_q5_k, 256, 176, acts_k4, 2: 0 2, true, blocks::k4_scales, blocks::q5_k, step_k4);
-dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1: 0 1 2 3, false, blocks::q6_k_scales, blocks::q6_k, step_groups16::<true>);
-dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2: 0 2, false, blocks::iq4_xs_scales, blocks::iq4_xs, step_iq4_xs);
+dot_rows!(dot_q4_0, 128, 72, acts4::<3>, 4: 0, (true, false), blocks::q4_0_scales, blocks::q4_0, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_iq4_nl, 128, 72, acts4::<7>, 4: 0, (true, false), blocks::q4_0_scales, blocks::iq4_nl, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_q4_1, 128, 80, acts4::<0>, 4: 0, (false, true), blocks::q4_1_scales, blocks::q4_1, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_q5_0, 128, 88, acts4::<4>, 4: 0, (true, false), blocks::q5_0_scales, blocks::q5_0, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_q5_1, 128, 96, acts4::<0>, 4: 0, (false, true), blocks::q5_1_scales, blocks::q5_1, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_q8_0, 128, 136, acts4::<7>, 4: 0, (true, false), blocks::q8_0_scales, blocks::q8_0, sums4, ORDER_BY_4, rows4);
+dot_rows!(dot_q2_k, 256, 84, acts_groups16::<0>, 1: 0 1 2 3, (false, true), blocks::q2_k_scales, blocks::q2_k, sums_groups16, ORDER_BY_4, rows_groups16);
+dot_rows!(dot_q3_k, 256, 110, acts_groups16::<2>, 1: 0 1 2 3, (true, false), blocks::q3_k_scales, blocks::q3_k, sums_groups16, ORDER_BY_4, rows_groups16);
+dot_rows!(dot_q4_k, 256, 144, acts_k4, 2: 0 2, (false, true), blocks::k4_scales, blocks::q4_k, sums_groups32, ORDER_K4, rows_groups32);
+dot_rows!(dot_q5_k, 256, 176, acts_k4, 2: 0 2, (false, true), blocks::k4_scales, blocks::q5_k, sums_groups32, ORDER_K4, rows_groups32);
+dot_rows!(dot_q6_k, 256, 210, acts_groups16::<5>, 1: 0 1 2 3, (true, false), blocks::q6_k_scales, blocks::q6_k, sums_groups16, ORDER_BY_4, rows_groups16);
+dot_rows!(dot_iq4_xs, 256, 136, acts_iq4_xs, 2: 0 2, (true, false), blocks::iq4_xs_scales, blocks::iq4_xs, sums_groups32, ORDER_BY_4, rows_groups32);
 
 /// `T` tokens from `t` on.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
@@ -562,11 +494,35 @@ pub(super) fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<'_>, out: &mut [f
     tokens(ty, w, &[x], [out]);
 }
 
-/// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens.
+/// See `Kernels::dot_tokens`: the weights are unpacked once for up to eight tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn dot_tokens(ty: GgmlType, weights: &[u8], row_bytes: usize, x: &Activations, out: &mut [f32]) {
-    let w = Consecutive { weights, row_bytes };
-    each_four_tokens!(tokens, ty, w, x, out);
+pub(super) fn dot_tokens(
+    ty: GgmlType,
+    weights: &[u8],
+    row_bytes: usize,
+    x: &Activations,
+    mut out: &mut [f32],
+) {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    fn some<const T: usize>(ty: GgmlType, w: Consecutive<'_>, x: &Activations, t: usize, out: &mut [f32]) {
+        let mut rest = out.chunks_exact_mut(w.len());
+        let outs = std::array::from_fn(|_| rest.next().expect("as many as there are tokens"));
+        tokens::<_, T>(ty, w, &std::array::from_fn(|i| x.row(t + i)), outs);
+    }
+
+    let (w, mut t) = (Consecutive { weights, row_bytes }, 0);
+    while t < x.rows() {
+        let (n, some): (_, unsafe fn(_, _, _, _, _)) = match x.rows() - t {
+            1 => (1, some::<1>),
+            2 | 3 => (2, some::<2>),
+            4..=7 => (4, some::<4>),
+            _ => (8, some::<8>),
+        };
+        let now = out.split_off_mut(..n * w.len()).expect("out has a row for each token");
+        // SAFETY: the features are those of this function.
+        unsafe { some(ty, w, x, t, now) };
+        t += n;
+    }
 }
 
 #[inline]
@@ -594,13 +550,6 @@ fn straighten4(low: __m512i, high: __m512i) -> (__m512i, __m512i) {
         _mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), high),
         _mm512_permutex2var_epi64(low, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), high),
     )
-}
-
-/// The order of Q4_K to that of the row; undoes itself.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn straighten_k4(a: __m512i, b: __m512i) -> (__m512i, __m512i) {
-    (_mm512_shuffle_i64x2::<0b01_00_01_00>(a, b), _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b))
 }
 
 /// What `read(bytes)` makes of the weights of four blocks, in the order of the row, and `scales(rows)` of their scales.
@@ -661,11 +610,18 @@ fn straight4(w: Four) -> [__m512i; 2] {
     straighten4(w.low, w.high).into()
 }
 
+/// The order of Q4_K to that of the row; undoes itself.
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn straight_k4(q: Super) -> Super {
-    let ((q0, q1), (q2, q3)) = (straighten_k4(q[0], q[1]), straighten_k4(q[2], q[3]));
-    [q0, q1, q2, q3]
+    // The quarters of the four registers are a square that is turned over.
+    let low = |a, b| _mm512_shuffle_i64x2::<0b01_00_01_00>(a, b);
+    let high = |a, b| _mm512_shuffle_i64x2::<0b11_10_11_10>(a, b);
+    let even = |a, b| _mm512_shuffle_i64x2::<0b10_00_10_00>(a, b);
+    let odd = |a, b| _mm512_shuffle_i64x2::<0b11_01_11_01>(a, b);
+    let (l0, l1) = (low(q[0], q[1]), low(q[2], q[3]));
+    let (h0, h1) = (high(q[0], q[1]), high(q[2], q[3]));
+    [even(l0, l1), odd(l0, l1), even(h0, h1), odd(h0, h1)]
 }
 
 #[inline]
@@ -682,7 +638,7 @@ pub(super) fn unpack(ty: GgmlType, b: &[u8], q: &mut [u8], scale: &mut [f32], mi
     use blocks::*;
     let to = (q, scale, min);
     match ty {
-        Q8_0 => unpack4(b, to, |b| q8_0(b), |b| q8_0_scales(b)),
+        Q8_0 => unpack4(b, to, |b| q8_0_in_order(b), |b| q8_0_scales(b)),
         Q4_0 => unpack4(b, to, |b| straight4(q4_0(b)), |b| q4_0_scales(b)),
         Q4_1 => unpack4(b, to, |b| straight4(q4_1(b)), |b| q4_1_scales(b)),
         Q5_0 => unpack4(b, to, |b| straight4(q5_0(b)), |b| q5_0_scales(b)),
