@@ -13,7 +13,6 @@ use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_m
 use skiff::gguf::GgmlType;
 use skiff::kernels::tiles::{TILE, TileInputs, TilePanel, chunk_cols};
 use skiff::kernels::{Activations, Kernels, PANEL_COLS, PANEL_ROWS, Panel};
-use skiff::ops::GEMM_ROWS;
 use skiff::quant::dequantize_row;
 
 const COLS: usize = 4096;
@@ -112,7 +111,7 @@ fn multiply(
     let row_bytes = ty.row_bytes(COLS);
     let outs = out.chunks_exact_mut(acts.rows() * PANEL_ROWS);
     for (weights, out) in weights.chunks_exact(PANEL_ROWS * row_bytes).zip(outs) {
-        if acts.rows() < GEMM_ROWS {
+        if acts.rows() < kernels.panels_from() {
             kernels.dot_tokens(ty, weights, acts, out);
             continue;
         }
@@ -171,7 +170,7 @@ fn tokens(criterion: &mut Criterion) {
                 let mut out = vec![0f32; acts.rows().next_multiple_of(TILE) * rows];
                 group.throughput(Throughput::Elements((2 * acts.rows() * rows * COLS) as u64));
                 let id = BenchmarkId::new(format!("{}/{ty}", kernels.name()), acts.rows());
-                if kernels.has_tiles() && acts.rows() >= GEMM_ROWS {
+                if kernels.has_tiles() && acts.rows() >= kernels.panels_from() {
                     let x = tiles(kernels, values);
                     multiply_tiles(kernels, ty, weights, &x, &mut tile_panel, &mut out);
                     check_exact(kernels.name(), ty, weights, values, &out);

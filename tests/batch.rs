@@ -4,11 +4,12 @@ mod common;
 
 use common::models::{ModelFile, WIDE, stand_ins};
 use skiff::gguf::GgmlType;
+use skiff::kernels::FEW_TOKENS;
 use skiff::kernels::Kernels;
 use skiff::model::{
     Buffers, ColumnForms, FfnStep, KvType, Model, ModelError, Part, Products, Sequence, State,
 };
-use skiff::ops::{Compute, GEMM_ROWS};
+use skiff::ops::Compute;
 use skiff::sampler::{Sampler, SamplerOptions, StopMatcher};
 use skiff::session::{Batch, End, Engine, Sampling, Session, SessionOptions};
 use skiff::skip::{CutPlan, FfnSkip, LayerCut, Never, Random, ShortGpt, SkipOptions, SkipPolicy, Uniform};
@@ -109,7 +110,7 @@ fn up_to_16_sequences_give_bit_by_bit_what_each_gives_alone() {
     for ty in [GgmlType::Q4_1, GgmlType::Q6_K] {
         let model = model(ty);
         for kv in [KvType::F16, KvType::Q8_0] {
-            let all: Vec<usize> = (0..GEMM_ROWS - 1).collect();
+            let all: Vec<usize> = (0..FEW_TOKENS).collect();
             let want: Vec<_> = all.iter().map(|&i| alone(&model, kv, i)).collect();
             assert!(want.iter().any(|(_, share)| *share > 0.1), "some skip");
             let (two, both, three) = ([3, 6], [4, 6], [3, 4, 6]);

@@ -59,6 +59,9 @@ pub const PANEL_ROWS: usize = 32;
 /// Columns of weights in a full [`Panel`]: 32 rows of 512 bytes are 16 KiB, half of a small L1.
 pub const PANEL_COLS: usize = 512;
 
+/// So many tokens at most go through `dot_tokens` with every instruction set.
+pub const FEW_TOKENS: usize = 16;
+
 /// The functions of one instruction set. Each is `unsafe` to call where the CPU lacks it; the
 /// lengths that each expects are asserted in the methods of [`Kernels`].
 #[allow(clippy::type_complexity)] // names for these would say less than the types
@@ -68,6 +71,8 @@ struct Functions {
     dot_listed: unsafe fn(GgmlType, Listed<'_>, Q8Row<'_>, &mut [f32]),
     /// Several tokens, where that is better than one after the other.
     dot_tokens: Option<unsafe fn(GgmlType, &[u8], usize, &Activations, &mut [f32])>,
+    /// From so many tokens on `unpack` and `gemm` are faster than that: more than [`FEW_TOKENS`].
+    panels_from: usize,
     unpack: unsafe fn(GgmlType, &[u8], &mut [u8], &mut [f32], &mut [f32]),
     interleave: unsafe fn(&[u8], usize, &mut [u8]),
     gemm: unsafe fn(&Panel, Q8Rows<'_>, &mut [f32]),
@@ -235,6 +240,12 @@ impl Kernels {
                 }
             }
         }
+    }
+
+    /// From how many tokens on a product by [`unpack`](Self::unpack) and [`gemm`](Self::gemm) is faster than one by
+    /// [`dot_tokens`](Self::dot_tokens).
+    pub fn panels_from(&self) -> usize {
+        self.isa.functions.panels_from
     }
 
     /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`; missing rows count as 0.

@@ -14,6 +14,7 @@ pub(super) static ISA: Isa = Isa {
         dot,
         dot_listed,
         dot_tokens: None,
+        panels_from: crate::kernels::FEW_TOKENS + 1,
         unpack: quant::unpack_row,
         interleave,
         gemm,

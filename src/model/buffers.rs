@@ -12,7 +12,7 @@ use crate::threads::Team;
 /// How the matrices of a step are multiplied.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
-    /// In the way that is fastest for as many rows as there are. Up to [`GEMM_ROWS`](crate::ops::GEMM_ROWS)` - 1` rows
+    /// In the way that is fastest for as many rows as there are. Up to [`FEW_TOKENS`](crate::kernels::FEW_TOKENS) rows
     /// give bit by bit what each gives alone, and more give what any number above gives; between the two, sums are
     /// rounded differently.
     #[default]

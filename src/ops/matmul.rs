@@ -8,13 +8,10 @@
 use super::{Compute, Inputs};
 use crate::gguf::GgmlType;
 use crate::kernels::tiles::{TILE, TilePanel, chunk_cols};
-use crate::kernels::{PANEL_COLS, PANEL_ROWS, Panel};
+use crate::kernels::{FEW_TOKENS, PANEL_COLS, PANEL_ROWS, Panel};
 use crate::quant::{self, Matrix};
 use crate::threads::Tile;
 
-/// From so many rows of activations on, unpacking a panel costs less than it saves. Fewer rows give
-/// bit by bit what each gives alone: a draft can be verified in one step.
-pub const GEMM_ROWS: usize = 17;
 /// Least rows of a chunk when decoding: a few cache lines of output, tens of KiB of weights.
 const MIN_CHUNK: usize = 16;
 /// Chunks a thread: enough that a slow core leaves work to the others, few enough that claiming is free.
@@ -60,7 +57,7 @@ pub struct MatmulScratch {
 impl MatmulScratch {
     /// For up to `rows` rows of activations, and decode chunks of matrices of about `outputs` rows.
     pub fn with_capacity(rows: usize, outputs: usize) -> Self {
-        let n = (rows * PANEL_ROWS * MAX_PANELS).max(outputs.max(MIN_CHUNK) * 2 * GEMM_ROWS);
+        let n = (rows * PANEL_ROWS * MAX_PANELS).max(outputs.max(MIN_CHUNK) * 2 * (FEW_TOKENS + 1));
         // A chunk may have twice as many rows, and its length is rounded up.
         let chosen = Vec::with_capacity(2 * outputs + MIN_CHUNK);
         Self { acc: vec![0.0; n], up: vec![0.0; n], chosen, ..Self::default() }
@@ -70,8 +67,11 @@ impl MatmulScratch {
 /// Rows of matrices like `w` in a chunk, of `outputs` altogether.
 fn chunk_rows(on: Compute<'_>, x: &Inputs, w: &Matrix<'_>, outputs: usize) -> usize {
     if x.are_many() {
-        let panels = outputs / (PANEL_ROWS * PANEL_CHUNKS_A_THREAD * on.team.threads());
-        return panels.clamp(1, MAX_PANELS) * PANEL_ROWS;
+        let (panels, threads) = (outputs.div_ceil(PANEL_ROWS), on.team.active());
+        let most = (panels / (PANEL_CHUNKS_A_THREAD * threads)).clamp(1, MAX_PANELS);
+        // As many chunks for each thread, if that is possible with smaller ones.
+        let even = (1..=most).rev().find(|n| panels.div_ceil(*n).is_multiple_of(threads));
+        return even.unwrap_or(most) * PANEL_ROWS;
     }
     let shared_by = |chunks| outputs.div_ceil(on.team.threads() * chunks);
     let fair = (FEW_BYTES / w.row_bytes().max(1))
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn products_equal_exact_ones_within_the_rounding_of_activations() {
-        for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
+        for rows in [1, 3, FEW_TOKENS, FEW_TOKENS + 1, 35] {
             check(rows, (70, 1280), GgmlType::Q8_0, false, 0.6);
             check(rows, (70, 1280), GgmlType::Q4_K, false, 0.6);
             check(rows, (70, 1280), GgmlType::F16, false, 1e-3);
@@ -415,7 +415,7 @@ mod tests {
 
     #[test]
     fn refined_inputs_are_nearly_exact() {
-        for rows in [1, 3, GEMM_ROWS - 1, GEMM_ROWS, 20] {
+        for rows in [1, 3, FEW_TOKENS, FEW_TOKENS + 1, 35] {
             check(rows, (70, 1280), GgmlType::Q8_0, true, 5e-3);
             check(rows, (70, 1280), GgmlType::Q5_1, true, 5e-3);
         }
@@ -427,22 +427,23 @@ mod tests {
         let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
         let (bytes, outputs) = (vec![0; GgmlType::Q8_0.row_bytes(64) * 1250], 1250);
         let matrix = Matrix::new(GgmlType::Q8_0, outputs, 64, &bytes).unwrap();
-        let inputs = Inputs::with_capacity(20, 64);
+        let mut inputs = Inputs::with_capacity(40, 64);
+        inputs.quantize(on);
         assert!(
             chunk_rows(on, &inputs, &matrix, outputs) > PANEL_ROWS,
             "the test is of chunks that are larger"
         );
-        check(20, (1250, 64), GgmlType::Q8_0, false, 0.1);
+        check(40, (1250, 64), GgmlType::Q8_0, false, 0.1);
         check(35, (1250, 64), GgmlType::F16, false, 1e-3);
     }
 
     #[test]
     fn a_matrix_unit_takes_many_rows_and_needs_no_second_term() {
         if Kernels::select(None).unwrap().has_tiles() {
-            let x = wave(GEMM_ROWS * 1280, 0.37);
+            let x = wave(FEW_TOKENS * 3 * 1280, 0.37);
             let team = Team::new(2).unwrap();
             let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
-            let mut inputs = Inputs::with_capacity(GEMM_ROWS, 1280);
+            let mut inputs = Inputs::with_capacity(FEW_TOKENS * 3, 1280);
             inputs.values_mut().copy_from_slice(&x);
             inputs.quantize(on);
             inputs.refine(on);

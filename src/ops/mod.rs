@@ -10,7 +10,7 @@ mod norm;
 mod rope;
 
 pub use columns::{ColumnMatrix, ColumnMemory, ColumnScratch, PackedColumns, matmul_columns, swiglu_columns};
-pub use matmul::{Epilogue, GEMM_ROWS, MatmulScratch, matmul, matmul_swiglu, matmul_swiglu_chosen};
+pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu, matmul_swiglu_chosen};
 pub use norm::{add_rows, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
 
@@ -42,6 +42,8 @@ pub struct Inputs {
     q8: Activations,
     two_terms: bool,
     by_panels: bool,
+    /// Whether matrices are unpacked for them.
+    many: bool,
     /// In place of `q8` if `in_tiles`.
     tiles: TileInputs,
     in_tiles: bool,
@@ -62,16 +64,16 @@ impl Inputs {
         inputs
     }
 
-    /// Has matrices unpacked for these rows however few they are, as they are for [`GEMM_ROWS`]: a row's product with
-    /// a quantised matrix then does not depend on how many others there are.
+    /// Has matrices unpacked for these rows however few they are, as they are for many: a row's product with a quantised matrix then does not depend on how many others there are.
     pub fn by_panels(mut self, by_panels: bool) -> Self {
         self.by_panels = by_panels;
         self
     }
 
-    /// Whether unpacking panels of a matrix pays, or was asked for.
+    /// Whether unpacking panels of a matrix pays, or was asked for. Fewer rows, [`FEW_TOKENS`](crate::kernels::FEW_TOKENS) at
+    /// least, give bit by bit what each gives alone: a draft can be verified in one step.
     pub fn are_many(&self) -> bool {
-        self.by_panels || self.rows >= GEMM_ROWS
+        self.many
     }
 
     /// Makes this `rows x cols`; the contents are to be written anew.
@@ -143,7 +145,8 @@ impl Inputs {
     /// Writes each row with `write(row, values)` and quantises it.
     pub fn fill(&mut self, on: Compute<'_>, write: impl Fn(usize, &mut [f32]) + Sync) {
         let (rows, cols) = (self.rows, self.cols);
-        if self.are_many() && on.kernels.has_tiles() {
+        self.many = self.by_panels || rows >= on.kernels.panels_from();
+        if self.many && on.kernels.has_tiles() {
             return self.fill_tiles(on, write);
         }
         if rows == 1 {

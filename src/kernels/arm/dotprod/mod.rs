@@ -19,6 +19,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         dot,
         dot_listed,
         dot_tokens: None,
+        panels_from: crate::kernels::FEW_TOKENS + 1,
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,
         gemm,

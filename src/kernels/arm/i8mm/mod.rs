@@ -17,6 +17,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         dot: dotprod::dot,
         dot_listed: dotprod::dot_listed,
         dot_tokens: None,
+        panels_from: crate::kernels::FEW_TOKENS + 1,
         unpack: neon::dot::unpack,
         interleave: neon::gemm::interleave,
         gemm,

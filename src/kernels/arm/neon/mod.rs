@@ -26,6 +26,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         dot,
         dot_listed,
         dot_tokens: None,
+        panels_from: crate::kernels::FEW_TOKENS + 1,
         unpack: dot::unpack,
         interleave: gemm::interleave,
         gemm,

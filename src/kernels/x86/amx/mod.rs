@@ -20,7 +20,12 @@ pub(in crate::kernels) static ISA: Isa = Isa {
     name: "amx",
     needs: "AMX (tile, int8, bf16) with AVX-512 VNNI, and a system that grants it",
     detect,
-    functions: Functions { tiles: Some(&TILES), attention: Some(&ATTENTION), ..avx512vnni::ISA.functions },
+    functions: Functions {
+        tiles: Some(&TILES),
+        attention: Some(&ATTENTION),
+        panels_from: kernels::FEW_TOKENS + 1,
+        ..avx512vnni::ISA.functions
+    },
 };
 
 static TILES: tiles::Functions =

@@ -27,6 +27,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         dot: dot::dot,
         dot_listed: dot::dot_listed,
         dot_tokens: Some(dot::dot_tokens),
+        panels_from: crate::kernels::FEW_TOKENS + 1,
         unpack: unpack::unpack,
         interleave: gemm::interleave,
         gemm,
