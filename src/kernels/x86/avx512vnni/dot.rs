@@ -533,13 +533,20 @@ fn store64(q: &mut [u8], at: usize, z: __m512i) {
     unsafe { _mm512_storeu_si512(q.as_mut_ptr().cast(), z) };
 }
 
+/// The first `N` numbers, 4, 8 or 16.
 #[inline]
-#[target_feature(enable = "avx512f")]
-fn store_floats(z: __m512) -> [f32; 16] {
-    let mut f = [0f32; 16];
-    // SAFETY: 64 writable bytes; the store has no alignment.
-    unsafe { _mm512_storeu_ps(f.as_mut_ptr(), z) };
-    f
+#[target_feature(enable = "avx512f,avx512vl")]
+fn store_first<const N: usize>(z: __m512, to: &mut [f32]) {
+    let to: &mut [f32; N] = to.first_chunk_mut().expect("room for the scales");
+    // SAFETY: `N` numbers can be written; the stores have no alignment.
+    unsafe {
+        match N {
+            4 => _mm_storeu_ps(to.as_mut_ptr(), _mm512_castps512_ps128(z)),
+            8 => _mm256_storeu_ps(to.as_mut_ptr(), _mm512_castps512_ps256(z)),
+            16 => _mm512_storeu_ps(to.as_mut_ptr(), z),
+            _ => unreachable!("no type has as many groups"),
+        }
+    }
 }
 
 /// The order of [`Four`] to that of the row.
@@ -561,46 +568,49 @@ fn unpack4<const BYTES: usize>(
     read: impl Fn(&[u8; BYTES]) -> [__m512i; 2],
     scales: impl Fn([&[u8; BYTES]; 4]) -> Scales,
 ) {
+    let step = |b: &[u8; BYTES], q: &mut [u8], scale: &mut [f32], min: &mut [f32]| {
+        let (w, scales) = (read(b), scales([b; 4]));
+        store64(q, 0, w[0]);
+        store64(q, 64, w[1]);
+        store_first::<4>(scales.scale, scale);
+        store_first::<4>(scales.min, min);
+    };
     let (steps, tail) = bytes.as_chunks::<BYTES>();
     for (s, b) in steps.iter().enumerate() {
-        let (w, scales) = (read(b), scales([b; 4]));
-        store64(q, s * 128, w[0]);
-        store64(q, s * 128 + 64, w[1]);
-        scale[s * 4..][..4].copy_from_slice(&store_floats(scales.scale)[..4]);
-        min[s * 4..][..4].copy_from_slice(&store_floats(scales.min)[..4]);
+        step(b, &mut q[s * 128..], &mut scale[s * 4..], &mut min[s * 4..]);
     }
-    if !tail.is_empty() {
-        let mut padded = [0u8; BYTES];
-        padded[..tail.len()].copy_from_slice(tail);
-        let (w, scales) = (read(&padded), scales([&padded; 4]));
-        let mut rest = [0u8; 128];
-        store64(&mut rest, 0, w[0]);
-        store64(&mut rest, 64, w[1]);
-        let (q, scale, min) =
-            (&mut q[steps.len() * 128..], &mut scale[steps.len() * 4..], &mut min[steps.len() * 4..]);
-        q.copy_from_slice(&rest[..q.len()]);
-        scale.copy_from_slice(&store_floats(scales.scale)[..scale.len()]);
-        min.copy_from_slice(&store_floats(scales.min)[..min.len()]);
+    if tail.is_empty() {
+        return;
     }
+    if let Some(last) = bytes.last_chunk() {
+        // The last step begins inside the one before.
+        let at = bytes.len() / (BYTES / 4) - 4;
+        return step(last, &mut q[at * 32..], &mut scale[at..], &mut min[at..]);
+    }
+    let (mut padded, mut all_q, mut scales, mut mins) = ([0u8; BYTES], [0u8; 128], [0f32; 4], [0f32; 4]);
+    padded[..tail.len()].copy_from_slice(tail);
+    step(&padded, &mut all_q, &mut scales, &mut mins);
+    q.copy_from_slice(&all_q[..q.len()]);
+    scale.copy_from_slice(&scales[..scale.len()]);
+    min.copy_from_slice(&mins[..min.len()]);
 }
 
-/// Likewise for superblocks with `groups` groups.
+/// Likewise for superblocks with `GROUPS` groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-fn unpack8<const BYTES: usize, const TOGETHER: usize>(
+fn unpack8<const BYTES: usize, const GROUPS: usize, const TOGETHER: usize>(
     bytes: &[u8],
-    groups: usize,
     (q, scale, min): (&mut [u8], &mut [f32], &mut [f32]),
     read: impl Fn(&[u8; BYTES]) -> Super,
     scales: impl Fn([&[u8; BYTES]; TOGETHER]) -> Scales,
 ) {
     for (s, b) in bytes.as_chunks::<BYTES>().0.iter().enumerate() {
-        for (i, z) in read(b).into_iter().enumerate() {
-            store64(q, s * 256 + i * 64, z);
+        let (w, scales) = (read(b), scales([b; TOGETHER]));
+        for i in 0..4 {
+            store64(q, s * 256 + i * 64, w[i]);
         }
-        let w = scales([b; TOGETHER]);
-        scale[s * groups..][..groups].copy_from_slice(&store_floats(w.scale)[..groups]);
-        min[s * groups..][..groups].copy_from_slice(&store_floats(w.min)[..groups]);
+        store_first::<GROUPS>(scales.scale, &mut scale[s * GROUPS..]);
+        store_first::<GROUPS>(scales.min, &mut min[s * GROUPS..]);
     }
 }
 
@@ -644,12 +654,12 @@ pub(super) fn unpack(ty: GgmlType, b: &[u8], q: &mut [u8], scale: &mut [f32], mi
         Q5_0 => unpack4(b, to, |b| straight4(q5_0(b)), |b| q5_0_scales(b)),
         Q5_1 => unpack4(b, to, |b| straight4(q5_1(b)), |b| q5_1_scales(b)),
         IQ4_NL => unpack4(b, to, |b| straight4(iq4_nl(b)), |b| q4_0_scales(b)),
-        Q2_K => unpack8(b, 16, to, |b| q2_k(b), |b| q2_k_scales(b)),
-        Q3_K => unpack8(b, 16, to, |b| q3_k(b), |b| q3_k_scales(b)),
-        Q4_K => unpack8(b, 8, to, |b| straight_k4(q4_k(b)), |b| k4_scales(b)),
-        Q5_K => unpack8(b, 8, to, |b| straight_k4(q5_k(b)), |b| k4_scales(b)),
-        Q6_K => unpack8(b, 16, to, |b| q6_k(b), |b| q6_k_scales(b)),
-        IQ4_XS => unpack8(b, 8, to, |b| straight_iq4_xs(iq4_xs(b)), |b| iq4_xs_scales(b)),
+        Q2_K => unpack8::<_, 16, _>(b, to, |b| q2_k(b), |b| q2_k_scales(b)),
+        Q3_K => unpack8::<_, 16, _>(b, to, |b| q3_k(b), |b| q3_k_scales(b)),
+        Q4_K => unpack8::<_, 8, _>(b, to, |b| straight_k4(q4_k(b)), |b| k4_scales(b)),
+        Q5_K => unpack8::<_, 8, _>(b, to, |b| straight_k4(q5_k(b)), |b| k4_scales(b)),
+        Q6_K => unpack8::<_, 16, _>(b, to, |b| q6_k(b), |b| q6_k_scales(b)),
+        IQ4_XS => unpack8::<_, 8, _>(b, to, |b| straight_iq4_xs(iq4_xs(b)), |b| iq4_xs_scales(b)),
         F32 | F16 | BF16 => unreachable!("unquantised types have kernels of their own"),
     }
 }
