@@ -59,7 +59,7 @@ pub const PANEL_ROWS: usize = 32;
 /// Columns of weights in a full [`Panel`]: 32 rows of 512 bytes are 16 KiB, half of a small L1.
 pub const PANEL_COLS: usize = 512;
 
-/// So many tokens at most go through `dot_tokens` with every instruction set.
+/// Up to so many tokens go through `dot_tokens` whatever the instruction set, and give bit by bit what each gives alone.
 pub const FEW_TOKENS: usize = 16;
 
 /// The functions of one instruction set. Each is `unsafe` to call where the CPU lacks it; the

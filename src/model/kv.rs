@@ -259,7 +259,7 @@ impl KvCache {
     /// Where positions of a tile lie, counted in rows of `head_dim` numbers.
     fn rows(&self, (layer, side): (usize, Side), head: usize, positions: Range<usize>) -> Range<usize> {
         let first = positions.start / TILE * TILE;
-        let tile = TILE.min(self.context - first);
+        let tile = TILE.min(self.context.saturating_sub(first));
         assert!(
             positions.start <= positions.end && positions.end <= first + tile,
             "{positions:?} of one tile"

@@ -25,7 +25,8 @@ const TILED_QUERY_ROWS: usize = 512;
 /// nor that of heads in a chunk changes how a token's sums are rounded.
 pub const MAX_ALONE: usize = 16;
 
-/// Where keys or values of one layer are read from: `n` positions of a head's `head_dim` numbers.
+/// Where keys or values of one layer are read from: positions of a head, `head_dim` numbers each. They lie in one tile: a cache
+/// may have another tile anywhere.
 pub trait CacheTile: Sync {
     /// A head's positions as they are stored.
     fn stored(&self, head: usize, positions: Range<usize>) -> Stored<'_>;
