@@ -38,14 +38,8 @@ pub(super) const LINE: usize = 64;
 /// Asks for `bytes`.
 #[inline(always)]
 pub(super) fn fetch(bytes: &[u8]) {
-    fetch_run(bytes.as_ptr(), bytes.len());
-}
-
-/// Asks for so many bytes from `at` on, wherever that is.
-#[inline(always)]
-pub(super) fn fetch_run(at: *const u8, bytes: usize) {
-    for line in (0..bytes).step_by(LINE) {
-        fetch_line(at.wrapping_add(line));
+    for line in (0..bytes.len()).step_by(LINE) {
+        fetch_line(bytes.as_ptr().wrapping_add(line));
     }
 }
 

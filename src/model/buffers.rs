@@ -13,8 +13,8 @@ use crate::threads::Team;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Products {
     /// In the way that is fastest for as many rows as there are. Up to [`FEW_TOKENS`](crate::kernels::FEW_TOKENS) rows
-    /// give bit by bit what each gives alone, and more give what any number above gives; between the two, sums are
-    /// rounded differently.
+    /// give bit by bit what each gives alone. [`Kernels::panels_from`](crate::kernels::Kernels::panels_from) rows and more give
+    /// what any such number gives, with sums that are rounded differently.
     #[default]
     Fastest,
     /// As for many rows, whatever their number, so that a row of quantised matrices is the same in any company: a batch

@@ -64,7 +64,8 @@ impl Inputs {
         inputs
     }
 
-    /// Has matrices unpacked for these rows however few they are, as they are for many: a row's product with a quantised matrix then does not depend on how many others there are.
+    /// Has matrices unpacked for these rows however few they are, as they are for many: a row's product with a quantised
+    /// matrix then does not depend on how many others there are.
     pub fn by_panels(mut self, by_panels: bool) -> Self {
         self.by_panels = by_panels;
         self

@@ -161,12 +161,9 @@ fn by_tiles<C: CacheTile + Copy>(
             let from = from + i % n * TILE;
             let queries = Queries::new(shape, seen, i / n);
             queries.begin(q, &mut scratch.decode);
-            let tile_from = |from: usize| from..(from + TILE).min(end);
-            let (positions, sums) = (tile_from(from), Sums::of(tile.row(i), rows, dim));
-            let then = match from + TILE {
-                next if next < end => stored(&seen.keys, queries.kv_head, tile_from(next)),
-                _ => queries.first_keys(seen, queries.kv_head + 1),
-            };
+            let (positions, sums) = (from..(from + TILE).min(end), Sums::of(tile.row(i), rows, dim));
+            let then = queries.first_keys(seen, queries.kv_head + 1);
+            let then = queries.keys_behind(seen, &positions, then);
             queries.tile(on.kernels, positions, seen, &mut scratch.decode.work, sums, then);
         });
         on.team.for_plain_tiles(totals, len, (1, len), |mut tile| {
@@ -233,6 +230,17 @@ impl Queries {
         if kv_head < self.shape.kv_heads { stored(&seen.keys, kv_head, 0..end.min(TILE)) } else { Next(&[]) }
     }
 
+    /// The keys of the tile behind `positions`; `then` behind the last.
+    fn keys_behind<'c, C: CacheTile>(
+        &self,
+        seen: &'c Seen<C>,
+        positions: &Range<usize>,
+        then: Next<'c>,
+    ) -> Next<'c> {
+        let (from, end) = (positions.end, self.first + self.rows);
+        if from < end { stored(&seen.keys, self.kv_head, from..(from + TILE).min(end)) } else { then }
+    }
+
     /// The sums of all tiles, one after the other; `then` is read next.
     fn all<'s, C: CacheTile>(
         &self,
@@ -247,13 +255,10 @@ impl Queries {
         let Scratch { work, tile, total } = &mut scratch.decode;
         let mut total = Sums::of(total, rows, dim);
         total.clear();
-        let tile_from = |from: usize| from..(from + TILE).min(end);
         for from in (0..end).step_by(TILE) {
-            let then = match from + TILE {
-                next if next < end => stored(&seen.keys, self.kv_head, tile_from(next)),
-                _ => then,
-            };
-            self.tile(kernels, tile_from(from), seen, work, Sums::of(tile, rows, dim), then);
+            let positions = from..(from + TILE).min(end);
+            let then = self.keys_behind(seen, &positions, then);
+            self.tile(kernels, positions, seen, work, Sums::of(tile, rows, dim), then);
             total.add(&tile[..Sums::len(rows, dim)]);
         }
         total

@@ -395,7 +395,7 @@ pub(super) fn k4_scales<const BYTES: usize>([a, b]: [&[u8; BYTES]; 2]) -> Scales
 }
 
 /// `low` in the lower eight lanes, `high` in the upper ones.
-pub(super) const fn two_halves(low: i32, high: i32) -> [i32; 16] {
+const fn two_halves(low: i32, high: i32) -> [i32; 16] {
     let mut index = [low; 16];
     let mut i = 8;
     while i < 16 {

@@ -9,7 +9,7 @@ use std::cell::RefCell;
 use super::blocks::{self, Four, Scales, Super, lanes};
 use crate::gguf::GgmlType;
 use crate::kernels::rows::{Consecutive, Listed, WeightRows};
-use crate::kernels::x86::is_amd;
+use crate::kernels::x86::{each_tokens, is_amd};
 use crate::kernels::{Activations, Q8Row};
 
 /// Rows that go through the blocks together: they share what is loaded of the activations, and their
@@ -496,33 +496,9 @@ pub(super) fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<'_>, out: &mut [f
 
 /// See `Kernels::dot_tokens`: the weights are unpacked once for up to eight tokens.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(super) fn dot_tokens(
-    ty: GgmlType,
-    weights: &[u8],
-    row_bytes: usize,
-    x: &Activations,
-    mut out: &mut [f32],
-) {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    fn some<const T: usize>(ty: GgmlType, w: Consecutive<'_>, x: &Activations, t: usize, out: &mut [f32]) {
-        let mut rest = out.chunks_exact_mut(w.len());
-        let outs = std::array::from_fn(|_| rest.next().expect("as many as there are tokens"));
-        tokens::<_, T>(ty, w, &std::array::from_fn(|i| x.row(t + i)), outs);
-    }
-
-    let (w, mut t) = (Consecutive { weights, row_bytes }, 0);
-    while t < x.rows() {
-        let (n, some): (_, unsafe fn(_, _, _, _, _)) = match x.rows() - t {
-            1 => (1, some::<1>),
-            2 | 3 => (2, some::<2>),
-            4..=7 => (4, some::<4>),
-            _ => (8, some::<8>),
-        };
-        let now = out.split_off_mut(..n * w.len()).expect("out has a row for each token");
-        // SAFETY: the features are those of this function.
-        unsafe { some(ty, w, x, t, now) };
-        t += n;
-    }
+pub(super) fn dot_tokens(ty: GgmlType, weights: &[u8], row_bytes: usize, x: &Activations, out: &mut [f32]) {
+    let w = Consecutive { weights, row_bytes };
+    each_tokens!(tokens, ty, w, x, out, 8 4 2 1);
 }
 
 #[inline]

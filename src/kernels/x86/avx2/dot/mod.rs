@@ -22,6 +22,7 @@ use super::blocks;
 use crate::gguf::GgmlType;
 use crate::kernels::fetch::{LINE, fetch_line};
 use crate::kernels::rows::{Consecutive, Listed, WeightRows};
+use crate::kernels::x86::each_tokens;
 use crate::kernels::{Activations, Q8Row};
 use acts::{acts_super, acts_two};
 use kquants::{quad_iq4_xs, quad_k4, quad_q2_k, quad_q3_k, quad_q6_k};
@@ -205,37 +206,6 @@ pub(in crate::kernels::x86) fn dot_listed(ty: GgmlType, w: Listed<'_>, x: Q8Row<
     tokens(ty, w, &[x], [out]);
 }
 
-/// The body of `dot_tokens`: `$tokens::<T>` for four tokens at a time, whose sums leave room in the registers for those of
-/// four rows, and then for two and one.
-macro_rules! each_four_tokens {
-    ($tokens:ident, $ty:ident, $weights:ident, $x:ident, $out:ident) => {
-        let n = $weights.len();
-        let (mut t, mut rest) = (0, $out);
-        while t < $x.rows() {
-            match $x.rows() - t {
-                1 => {
-                    $tokens($ty, $weights, &[$x.row(t)], [&mut rest[..n]]);
-                    return;
-                }
-                2 | 3 => {
-                    let (now, later) = rest.split_at_mut(2 * n);
-                    let (a, b) = now.split_at_mut(n);
-                    $tokens($ty, $weights, &[$x.row(t), $x.row(t + 1)], [a, b]);
-                    (t, rest) = (t + 2, later);
-                }
-                _ => {
-                    let (now, later) = rest.split_at_mut(4 * n);
-                    let (ab, cd) = now.split_at_mut(2 * n);
-                    let ((a, b), (c, d)) = (ab.split_at_mut(n), cd.split_at_mut(n));
-                    let four = [$x.row(t), $x.row(t + 1), $x.row(t + 2), $x.row(t + 3)];
-                    $tokens($ty, $weights, &four, [a, b, c, d]);
-                    (t, rest) = (t + 4, later);
-                }
-            }
-        }
-    };
-}
-
 /// See `Kernels::dot_tokens`: the weights are unpacked once for four tokens.
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(in crate::kernels::x86) fn dot_tokens(
@@ -246,5 +216,5 @@ pub(in crate::kernels::x86) fn dot_tokens(
     out: &mut [f32],
 ) {
     let w = Consecutive { weights, row_bytes };
-    each_four_tokens!(tokens, ty, w, x, out);
+    each_tokens!(tokens, ty, w, x, out, 4 2 1);
 }
