@@ -383,10 +383,14 @@ fn skip_auto_works_from_the_first_run() {
     let outcome = skiff(&[&always[..], &["--skip", "auto", "Once upon a time"]].concat());
     assert_eq!(outcome.code, Some(0), "{outcome:?}");
     for policy in ["cut", "neurons", "stand-in", "mixed"] {
-        let announced = format!("skip auto: {policy} at ratio");
+        let announced = format!("skip auto: {policy}+output at ratio");
         let announced = outcome.stderr.lines().find(|line| line.starts_with(&announced));
         assert!(announced.is_some_and(|line| line.contains("perplexity x 1.0")), "{outcome:?}");
     }
+    assert!(
+        outcome.stderr.contains("skip auto: output, measured logits of likely tokens exact"),
+        "{outcome:?}"
+    );
     // Whether that is faster here, it found out; it runs accordingly.
     let (pays, not) =
         (outcome.stderr.contains("faster here than"), outcome.stderr.contains("no faster here"));

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use common::models::{ModelFile, Shape, WIDE};
+use common::prompts::real_prompts;
 use proptest::prelude::*;
-use skiff::chat::{ChatTemplate, Message};
 use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
@@ -20,7 +20,6 @@ use skiff::session::{
 };
 use skiff::skip::{Never, SkipMode, SkipOptions};
 use skiff::threads::Team;
-use skiff::tokenizer::EncodeOptions;
 
 /// Many heads to a key/value head: attention must not take the path of a prompt for them.
 const GROUPED: Shape = Shape { layers: 2, embedding: 256, ffn: 512, heads: 16, kv_heads: 1, vocab: 320 };
@@ -275,54 +274,6 @@ proptest! {
         let mode = if skip { DraftMode::Skip } else { DraftMode::Lookup };
         request.check(ENGINE.get_or_init(tiny_engine), DraftOptions { mode, max, adaptive });
     }
-}
-
-/// A text of the evaluation data; `None`, loudly, where it is not.
-fn data(file: &str) -> Option<String> {
-    let path: PathBuf = [env!("CARGO_MANIFEST_DIR"), "../shared/data", file].iter().collect();
-    let text = std::fs::read_to_string(path);
-    text.inspect_err(|_| common::note_skip(&format!("the data file {file}"))).ok()
-}
-
-/// Instructions of MT-Bench, trivia questions, and beginnings of source files to go on with, in turn.
-fn real_prompts(engine: &Engine, n: usize) -> Option<Vec<Vec<u32>>> {
-    let template = ChatTemplate::from_gguf(engine.metadata()).unwrap();
-    let chat = |text: &str| {
-        let prompt = template.render(&[Message::new("user", text.trim())], true, "", "").unwrap();
-        prompt.encode(engine.tokenizer()).unwrap()
-    };
-    let first_turn = |line: &str| {
-        let question: serde_json::Value = serde_json::from_str(line).unwrap();
-        chat(question["turns"][0].as_str().unwrap())
-    };
-    let (tasks, trivia) = (data("mt_bench/question.jsonl")?, data("freebaseqa/dev.txt")?);
-    let mut tasks = tasks.lines().map(first_turn);
-    let mut trivia = trivia.lines().map(|line| chat(line.split('|').next().unwrap_or(line)));
-    let sources = source_files();
-    let begins = |source: &String| {
-        let text: String = source.chars().take(800).collect();
-        engine.tokenizer().encode(&text, EncodeOptions::default()).unwrap()
-    };
-    let mut sources = sources.iter().map(begins);
-    let mut prompts = Vec::new();
-    while prompts.len() < n {
-        let round = [tasks.next(), sources.next(), trivia.next()];
-        assert!(round[2].is_some(), "fewer than {n} prompts");
-        prompts.extend(round.into_iter().flatten());
-    }
-    prompts.truncate(n);
-    Some(prompts)
-}
-
-/// The sources of these tests and of their modules, those that a prompt can be made of.
-fn source_files() -> Vec<String> {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-    let folders = ["tests", "src/model", "src/ops", "src/sampler", "src/eval", "src/cli", "src/gguf"];
-    let files = folders.iter().flat_map(|folder| std::fs::read_dir(root.join(folder)).unwrap());
-    let mut paths: Vec<PathBuf> = files.map(|file| file.unwrap().path()).collect();
-    paths.retain(|path| path.extension().is_some_and(|e| e == "rs"));
-    paths.sort();
-    paths.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect()
 }
 
 /// What a way to generate came to.

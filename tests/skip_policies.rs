@@ -137,8 +137,8 @@ fn policies_reach_the_ratio_asked_for() {
     let reach = (found.cold.1 - found.cold.0) / 2;
     model.set_calibration(found);
     for ratio in [0.1, 0.25, 0.4] {
-        for name in SkipMode::names().filter(|name| !["off", "auto"].contains(name)) {
-            let mode = SkipMode::from_name(name).unwrap();
+        for name in SkipChoice::names().filter(|name| !["off", "auto"].contains(name)) {
+            let SkipChoice { mode, output } = SkipChoice::from_name(name).unwrap();
             let options = SkipOptions { mode, ratio: Some(ratio), cold: Some((0, 12)), ..Default::default() };
             let options = match mode {
                 SkipMode::Static | SkipMode::Random | SkipMode::ShortGpt | SkipMode::SkipDecode => options,
@@ -245,7 +245,7 @@ fn an_older_calibration_is_completed() {
         for policy in lacking {
             let learnt = |c: &Calibration| c.points.iter().filter(|p| p.policy == *policy).count();
             assert!(learnt(&completed) > 0 && learnt(&completed).abs_diff(learnt(&found)) <= 2);
-            let mode = SkipMode::from_name(policy).unwrap();
+            let mode = SkipChoice::from_name(policy).unwrap().mode;
             let asked = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
             let error = asked.policy(&model.facts(), Some(&older)).err().unwrap().to_string();
             assert!(error.contains(policy) && error.contains("--complete"), "{error}");

@@ -21,7 +21,7 @@ use crate::sampler::{
     Constraint, ConstraintError, Sampler, SamplerOptions, Stage, StopMatcher, resolve_breakers,
 };
 use crate::session::{DraftMode, DraftOptions, Engine, EngineOptions, MAX_DRAFT, SessionOptions};
-use crate::skip::{BUILT_IN, Calibration, Point, SkipMode, SkipOptions};
+use crate::skip::{BUILT_IN, Calibration, Point, SkipChoice, SkipMode, SkipOptions};
 use crate::threads::keep_on;
 use crate::tokenizer::EncodeOptions;
 use crate::topology::CpuSet;
@@ -252,13 +252,16 @@ pub(super) fn check_cache(config: &Config, flag: &str, context: usize, kv: KvArg
     Ok(())
 }
 
-/// FFN skipping.
+/// Of the settings whose tokens take no more than this, in units of the fastest, `--skip auto` takes the one that costs least.
+const AS_FAST: f64 = 1.05;
+
+/// Skipping.
 #[derive(Args, Default)]
 #[command(next_help_heading = "Skipping")]
 pub(super) struct SkipArgs {
-    /// Policy that decides what is skipped; auto: the best that calibration offers
-    #[arg(long, value_name = "POLICY", default_value = "off", value_parser = skip_modes())]
-    pub skip: SkipMode,
+    /// Policy that decides what is skipped, of FFNs, of the output matrix or of both; auto: the best that calibration offers
+    #[arg(long, value_name = "POLICY", default_value = "off", value_parser = policies())]
+    pub skip: SkipChoice,
     /// Calibration file [default: MODEL.skip.gguf beside the model, else what is built in for it]
     #[arg(long, value_name = "S.skip.gguf")]
     pub skip_file: Option<PathBuf>,
@@ -308,7 +311,8 @@ impl SkipArgs {
         self.if_it_pays(model, on, options)
     }
 
-    /// The options; for `auto` those of the fastest of its candidates here, or none, if none is faster than a token in full.
+    /// The options; for `auto` those of the candidate that costs least of the fastest ones here, or none, if none is faster than
+    /// a token in full.
     pub fn if_it_pays(
         &self,
         model: &mut Model,
@@ -329,7 +333,10 @@ impl SkipArgs {
             timed.push((Trial::of(model, on, &asked)?, asked, point));
         }
         timed.sort_by(|a, b| a.0.share.total_cmp(&b.0.share));
-        let Some((trial, asked, point)) = timed.first() else { return Ok(options) };
+        let Some(fastest) = timed.first().map(|timed| timed.0.share) else { return Ok(options) };
+        let as_fast = timed.iter().filter(|timed| timed.0.share <= AS_FAST * fastest);
+        let chosen = as_fast.min_by(|a, b| a.2.kl.total_cmp(&b.2.kl));
+        let Some((trial, asked, point)) = chosen else { return Ok(options) };
         let ms = 1e3 * trial.full;
         if trial.pays() {
             model.trim_skip(on, asked)?;
@@ -340,16 +347,16 @@ impl SkipArgs {
             return Ok(asked.clone());
         }
         model.drop_cuts();
+        model.drop_shortlist();
         let tried: Vec<String> =
             timed.iter().map(|(trial, _, p)| format!("{} {:+.0} %", p.policy, trial.gain())).collect();
         note(&format!(
             "skip auto: no faster here ({}) than the {ms:.1} ms of a token in full, so tokens run in full; \
-             --skip {} --skip-ratio {:.2} skips all the same",
+             --skip {} skips all the same",
             tried.join(", "),
-            point.policy,
-            point.ratio
+            setting(point, " --skip-ratio")
         ));
-        Ok(SkipOptions { mode: SkipMode::Off, ..options })
+        Ok(options.off())
     }
 
     /// [`of_engine`](Self::of_engine) for measuring quality: what is cut is read all the same, which gives the same
@@ -372,7 +379,8 @@ impl SkipArgs {
 
     fn checked(&self, model: &Model) -> Result<SkipOptions, Failure> {
         let options = SkipOptions {
-            mode: self.skip,
+            mode: self.skip.mode,
+            output: self.skip.output,
             ratio: self.skip_ratio,
             threshold: self.skip_threshold,
             k: self.skip_k,
@@ -394,13 +402,13 @@ impl SkipArgs {
             return Ok(());
         }
         let beside = calibration_path(model.weights().path());
-        if self.skip != SkipMode::Off && beside.is_file() {
+        if self.skip.skips() && beside.is_file() {
             match model.load_calibration(&beside) {
                 Ok(_) => {}
                 Err(error) => note(&format!("warning: {error}")),
             }
         }
-        if self.skip != SkipMode::Off && model.calibration().is_none() {
+        if self.skip.skips() && model.calibration().is_none() {
             // Those of other models do not fit.
             let _ = BUILT_IN.iter().find(|(name, bytes)| model.read_calibration(name, bytes).is_ok());
         }
@@ -408,19 +416,20 @@ impl SkipArgs {
     }
 }
 
-/// Names of policies that are set beside the full model.
-pub(super) fn policies() -> impl TypedValueParser<Value = SkipMode> {
-    PossibleValuesParser::new(SkipMode::names()).try_map(|name| SkipMode::from_name(&name))
+/// Names of policies.
+pub(super) fn policies() -> impl TypedValueParser<Value = SkipChoice> {
+    PossibleValuesParser::new(SkipChoice::names()).try_map(|name| SkipChoice::from_name(&name))
 }
 
-/// The policies `named`; without any all that are set by a ratio. The full model is there in any case.
-pub(super) fn contending(named: &[SkipMode]) -> Vec<SkipMode> {
-    let all = SkipMode::names().filter_map(|name| SkipMode::from_name(name).ok());
-    let modes: Vec<SkipMode> = match named {
-        [] => all.filter(|&mode| mode != SkipMode::Auto).collect(),
+/// The policies `named`; without any all but `auto` and those that are two at once. The full model is there in any case.
+pub(super) fn contending(named: &[SkipChoice]) -> Vec<SkipChoice> {
+    let all = SkipChoice::names().filter_map(|name| SkipChoice::from_name(name).ok());
+    let single = |choice: &SkipChoice| !choice.output || *choice == SkipChoice::OUTPUT;
+    let choices: Vec<SkipChoice> = match named {
+        [] => all.filter(|choice| choice.mode != SkipMode::Auto && single(choice)).collect(),
         _ => named.to_vec(),
     };
-    modes.into_iter().filter(|&mode| mode != SkipMode::Off).collect()
+    choices.into_iter().filter(|choice| choice.skips()).collect()
 }
 
 /// Refuses ratios that are no per cent.
@@ -440,7 +449,7 @@ pub(super) fn calibration_path(path: &Path) -> PathBuf {
 
 /// Makes the model ready for the options, and says what time and memory that took.
 fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome {
-    let (started, before) = (Instant::now(), model.column_bytes());
+    let (started, before, had_shortlist) = (Instant::now(), model.column_bytes(), model.has_shortlist());
     let bar = progress_bar(model.config().layers, "skip: FFNs by columns {wide_bar} {pos}/{len}", false);
     let prepared = model.prepare_skip(on, options, |done, _| bar.set_position(done as u64));
     bar.finish_and_clear();
@@ -451,6 +460,10 @@ fn prepare(model: &mut Model, on: Compute<'_>, options: &SkipOptions) -> Outcome
             "skip: FFNs laid out by columns in {seconds:.1} s, {:.2} GB of memory more",
             bytes / 1e9
         ));
+    }
+    if model.has_shortlist() && !had_shortlist {
+        let gb = model.shortlist_bytes().unwrap_or(0) as f64 / 1e9;
+        note(&format!("skip: copy of the output matrix in 4 bits, {gb:.2} GB of memory more"));
     }
     Ok(())
 }
@@ -468,19 +481,25 @@ fn announce(model: &Model, options: &SkipOptions) {
 
 /// A setting and how good it was found to be.
 fn measured(point: &Point) -> String {
+    let unread = match point.choice() {
+        SkipChoice::OUTPUT => "logits of likely tokens exact".into(),
+        _ => format!("{:.1} % of FFN bytes unread", 100.0 * point.bytes),
+    };
     format!(
-        "{} at ratio {:.2}, measured {:.1} % of FFN bytes unread, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
-        point.policy,
-        point.ratio,
-        100.0 * point.bytes,
+        "{}, measured {unread}, perplexity x {:.3}, KL {:.4}, same top 1 {:.1} %",
+        setting(point, " at ratio"),
         point.perplexity,
         point.kl,
         100.0 * point.same_top1
     )
 }
 
-fn skip_modes() -> impl TypedValueParser<Value = SkipMode> {
-    PossibleValuesParser::new(SkipMode::names()).try_map(|name| SkipMode::from_name(&name))
+/// A point's policy, and its ratio if it has one.
+fn setting(point: &Point, ratio: &str) -> String {
+    match point.choice() {
+        SkipChoice::OUTPUT => point.policy.clone(),
+        _ => format!("{}{ratio} {:.2}", point.policy, point.ratio),
+    }
 }
 
 /// Guessing ahead.
@@ -506,7 +525,7 @@ impl DraftArgs {
     /// The options, checked against those of skipping.
     fn options(&self, skip: &SkipArgs) -> Result<DraftOptions, Failure> {
         let mode = self.mode();
-        let skips = skip.skip != SkipMode::Off;
+        let skips = skip.skip.skips();
         let usage = |message: &str| Err(Failure::Usage(message.into()));
         match mode {
             DraftMode::Skip if !skips => usage("--draft skip: name the policy that drafts with --skip"),

@@ -20,7 +20,7 @@ use crate::eval::tasks::{
     self, Comparison, Contender, Item, Judge, Judgment, Ledger, Record, Report, Row, Task, TaskError,
 };
 use crate::session::Engine;
-use crate::skip::{SkipMode, SkipOptions};
+use crate::skip::{SkipChoice, SkipMode, SkipOptions};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,7 +54,7 @@ pub(super) struct EvalArgs {
     seed: u64,
     /// Policies, beside the full model; `off`: none [default: all that this model has a calibration for]
     #[arg(long, value_name = "A,B,...", value_delimiter = ',', value_parser = policies())]
-    policies: Vec<SkipMode>,
+    policies: Vec<SkipChoice>,
     /// Shares to skip, in percent
     #[arg(long, value_name = "P,Q,...", value_delimiter = ',', default_values_t = [5.0, 15.0, 25.0, 35.0])]
     ratios: Vec<f32>,
@@ -265,9 +265,9 @@ impl EvalArgs {
         let off = Contender { policy: "off".into(), strength: String::new(), skip: SkipOptions::default() };
         let mut contenders = vec![off];
         let named = !self.policies.is_empty();
-        for mode in contending(&self.policies) {
-            let ratios = match mode {
-                SkipMode::Auto => vec![None],
+        for choice in contending(&self.policies) {
+            let ratios = match choice.mode {
+                SkipMode::Auto | SkipMode::Off => vec![None],
                 _ => self.ratios.iter().map(|&r| Some(r)).collect(),
             };
             for ratio in ratios {
@@ -275,10 +275,10 @@ impl EvalArgs {
                 if let Some((start, end)) = self.skip_cold {
                     strength.push_str(&format!(" of layers {start} to {end}"));
                 }
-                match self.skip_args(mode, ratio.map(|r| r / 100.0)).by_rows(engine, self.max_tokens()) {
-                    Ok(skip) => contenders.push(Contender { policy: mode.name().into(), strength, skip }),
+                match self.skip_args(choice, ratio.map(|r| r / 100.0)).by_rows(engine, self.max_tokens()) {
+                    Ok(skip) => contenders.push(Contender { policy: choice.name().into(), strength, skip }),
                     Err(Failure::Usage(why)) if !named || ratio.is_some() => {
-                        note(&format!("left out: {} {strength}: {why}", mode.name()));
+                        note(&format!("left out: {} {strength}: {why}", choice.name()));
                     }
                     Err(failure) => return Err(failure),
                 }
@@ -287,10 +287,10 @@ impl EvalArgs {
         Ok(contenders)
     }
 
-    fn skip_args(&self, mode: SkipMode, ratio: Option<f32>) -> SkipArgs {
+    fn skip_args(&self, skip: SkipChoice, ratio: Option<f32>) -> SkipArgs {
         let warm_up = if self.task == Task::FreebaseQa { 0 } else { 25 };
         SkipArgs {
-            skip: mode,
+            skip,
             skip_file: self.skip_file.clone(),
             skip_ratio: ratio,
             skip_warmup: Some(self.skip_warmup.unwrap_or(warm_up)),
@@ -304,7 +304,7 @@ impl EvalArgs {
     /// Everything that answers depend on besides item and policy, as a hash: rows of other settings are left alone.
     fn fingerprint(&self, engine: &Engine, settings: &tasks::Settings) -> String {
         let model = engine.model();
-        let warm_up = self.skip_args(SkipMode::Off, None).skip_warmup;
+        let warm_up = self.skip_args(SkipChoice::default(), None).skip_warmup;
         let text = format!(
             "{} {:?} {} {warm_up:?} {} {} {:?}",
             model.weights().fingerprint(),

@@ -176,6 +176,8 @@ pub(super) struct Statistics {
     /// Share of the FFN blocks of the tokens that the policy governed.
     ffn_skipped: f64,
     ffn_bytes_skipped: f64,
+    /// Share of the bytes of the output matrix that those of their logits that were shortlisted left unread.
+    output_bytes_skipped: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     skipped_by_layer: Option<Vec<f64>>,
     draft: &'static str,
@@ -202,6 +204,7 @@ impl Statistics {
         let skipped = session.skip_stats().share();
         let layers = session.engine().model().layers();
         let bytes_skipped = session.skip_stats().weighted_share(|layer| layers[layer].ffn.bytes() as u64);
+        let output_skipped = session.engine().model().output_share(session.skip_stats());
         Self {
             prompt_tokens,
             prompt_seconds: prompt_time.as_secs_f64(),
@@ -211,6 +214,7 @@ impl Statistics {
             generated_tokens_per_second: rate(generated_tokens, generation_time),
             ffn_skipped: skipped,
             ffn_bytes_skipped: bytes_skipped,
+            output_bytes_skipped: output_skipped,
             skipped_by_layer: by_layer.then(|| session.skip_stats().share_by_layer()),
             skip: session.state_mut().policy_name(),
             draft: session.options().draft.mode.name(),
@@ -241,9 +245,13 @@ impl Statistics {
             self.ended.in_words()
         ));
         note(&format!(
-            "skipped    {:>6.1} % of the FFN blocks, {:.1} % of their bytes (--skip {})",
+            "skipped    {:>6.1} % of the FFN blocks, {:.1} % of their bytes{} (--skip {})",
             100.0 * self.ffn_skipped,
             100.0 * self.ffn_bytes_skipped,
+            match self.output_bytes_skipped {
+                0.0 => String::new(),
+                share => format!(", {:.1} % of the output matrix", 100.0 * share),
+            },
             self.skip
         ));
         if self.verifications > 0 {

@@ -17,7 +17,7 @@ use super::{Failure, Outcome, note, put, read_text};
 use crate::eval::sweep::{Contender, Row, Sweep, SweepOptions, pareto, plot};
 use crate::pull;
 use crate::session::Engine;
-use crate::skip::SkipMode;
+use crate::skip::{SkipChoice, SkipMode};
 use crate::tokenizer::EncodeOptions;
 
 const EXAMPLES: &str = "\
@@ -41,7 +41,7 @@ pub(super) struct SweepArgs {
     file: PathBuf,
     /// Policies [default: all that can be had without a calibration file, or with the one there is]
     #[arg(long, value_name = "A,B,...", value_delimiter = ',', value_parser = policies())]
-    policies: Vec<SkipMode>,
+    policies: Vec<SkipChoice>,
     /// Shares to skip, in percent
     #[arg(long, value_name = "P,Q,...", value_delimiter = ',', default_values_t = [5.0, 10.0, 20.0, 30.0])]
     ratios: Vec<f32>,
@@ -148,23 +148,23 @@ impl SweepArgs {
     fn contenders<'e>(&self, engine: &mut Engine) -> Result<Vec<Contender<'e>>, Failure> {
         let named = !self.policies.is_empty();
         let mut contenders = Vec::new();
-        for mode in contending(&self.policies) {
-            for (ratio, threshold) in self.strengths(mode, engine) {
+        for choice in contending(&self.policies) {
+            for (ratio, threshold) in self.strengths(choice, engine) {
                 let strength = match (ratio, threshold) {
                     (Some(ratio), _) => format!("ratio {ratio}"),
                     (_, Some(threshold)) => format!("threshold {threshold}"),
                     _ => String::new(),
                 };
-                match self.skip_args(mode, ratio, threshold).of_engine(engine) {
+                match self.skip_args(choice, ratio, threshold).of_engine(engine) {
                     Ok(skip) => contenders.push(Contender {
                         model: file_name(engine.model().weights().path()),
-                        policy: Some(mode.name()),
+                        policy: Some(choice.name()),
                         strength,
                         skip,
                         other: None,
                     }),
                     Err(Failure::Usage(why)) if !named || ratio.is_some() => {
-                        note(&format!("left out: {} {strength}: {why}", mode.name()));
+                        note(&format!("left out: {} {strength}: {why}", choice.name()));
                     }
                     Err(failure) => return Err(failure),
                 }
@@ -177,15 +177,15 @@ impl SweepArgs {
     }
 
     /// What to ask of a policy: a ratio or a threshold.
-    fn strengths(&self, mode: SkipMode, engine: &mut Engine) -> Vec<(Option<f32>, Option<f32>)> {
+    fn strengths(&self, choice: SkipChoice, engine: &mut Engine) -> Vec<(Option<f32>, Option<f32>)> {
         // Loads the calibration, if there is one.
-        let _ = self.skip_args(SkipMode::FfnSkip, None, None).of_engine(engine);
+        let _ = self.skip_args(SkipMode::FfnSkip.into(), None, None).of_engine(engine);
         let thresholds = match (self.thresholds.is_empty(), engine.model().calibration()) {
             (true, None) => vec![0.99, 0.985, 0.98, 0.975],
             _ => self.thresholds.clone(),
         };
-        match mode {
-            SkipMode::Auto => vec![(None, None)],
+        match choice.mode {
+            SkipMode::Auto | SkipMode::Off => vec![(None, None)],
             SkipMode::FfnSkip if !thresholds.is_empty() => {
                 thresholds.iter().map(|&t| (None, Some(t))).collect()
             }
@@ -193,9 +193,9 @@ impl SweepArgs {
         }
     }
 
-    fn skip_args(&self, mode: SkipMode, ratio: Option<f32>, threshold: Option<f32>) -> SkipArgs {
+    fn skip_args(&self, skip: SkipChoice, ratio: Option<f32>, threshold: Option<f32>) -> SkipArgs {
         SkipArgs {
-            skip: mode,
+            skip,
             skip_file: self.skip_file.clone(),
             skip_ratio: ratio,
             skip_threshold: threshold,

@@ -370,7 +370,8 @@ fn bytes_read(model: &Model, stats: &SkipStats) -> f64 {
         model.ffn_bytes() as f64 * stats.weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64);
     // Layers that are left out compute keys and values all the same.
     let attention = model.layers().iter().map(|l| l.attention.q.bytes() + l.attention.output.bytes());
-    model.decode_bytes() as f64 - ffn - attention.sum::<usize>() as f64 * stats.layer_share()
+    let layers = ffn + attention.sum::<usize>() as f64 * stats.layer_share();
+    model.decode_bytes() as f64 - layers - stats.output_unread_by_token()
 }
 
 fn check_vocabulary(engine: &Engine, other: &Engine, name: &str) -> Result<(), EvalError> {

@@ -1,6 +1,7 @@
 //! The buffers of a step, and which row of them belongs to whom.
 
 use super::cut::CutScratch;
+use super::shortlist::ShortlistBuffers;
 use super::stand_in::StandInScratch;
 use super::{Model, Part, Probe};
 use crate::memory::Pages;
@@ -64,6 +65,8 @@ pub struct Buffers {
     pub(super) may_stand_in: Vec<(usize, f32, Option<Cut>)>,
     /// Empty for models without stand-ins.
     pub(super) stand_in: StandInScratch,
+    /// `None` for models without a shortlist.
+    pub(super) shortlist: Option<ShortlistBuffers>,
     pub(super) matmul: Vec<MatmulScratch>,
     pub(super) attention: AttentionScratch,
     /// Looks on.
@@ -106,6 +109,7 @@ impl Buffers {
             cut: CutScratch::new(model, batch),
             may_stand_in: Vec::with_capacity(batch),
             stand_in: StandInScratch::new(model, batch, products),
+            shortlist: ShortlistBuffers::new(model, batch, products),
             matmul: (0..threads).map(|_| matmul()).collect(),
             attention: AttentionScratch::new(threads, config.attention()),
             probe: None,
@@ -142,6 +146,22 @@ impl Buffers {
             self.owners.extend((0..n).map(|row| Owner { part: i, row }));
             self.positions.extend(first..first + n);
         }
+        if let Some(shortlist) = &mut self.shortlist {
+            let mut lists =
+                |owner: &Owner| parts[owner.part].policy(owner.row).is_some_and(|p| p.shortlists());
+            shortlist.listed.clear();
+            shortlist.listed.extend(self.owners.iter().map(&mut lists));
+        }
+    }
+
+    /// Whether only the likely ones of a row's logits must be exact.
+    pub(super) fn shortlists(&self, row: usize) -> bool {
+        self.shortlist.as_ref().is_some_and(|shortlist| shortlist.listed[row])
+    }
+
+    /// Rows of the last call for logits that were shortlisted, and the weight bytes that they left unread.
+    pub(super) fn output_unread(&self) -> (u64, i64) {
+        self.shortlist.as_ref().map_or((0, 0), |shortlist| shortlist.unread)
     }
 
     /// Shows the stream that enters `layer` to whoever looks on.

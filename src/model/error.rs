@@ -36,6 +36,12 @@ pub enum ModelError {
     CutValue { layer: usize, what: &'static str, index: usize, found: f32, expected: &'static str },
     #[error("{found} stand-ins of {entries} entries, the model has {layers} layers of {embedding}")]
     StandIns { found: usize, entries: usize, layers: usize, embedding: usize },
+    #[error(
+        "a shortlist's centre and directions have {found:?} entries, expected {embedding} and {directions} times as many"
+    )]
+    Shortlist { found: (usize, usize), embedding: usize, directions: usize },
+    #[error("the output matrix in 4 bits: {0}")]
+    ShortlistMemory(#[source] crate::memory::MemoryError),
     #[error("FFNs laid out by columns: {0}")]
     CutMemory(#[from] crate::memory::MemoryError),
     #[error("the threads cannot be started: {0}")]

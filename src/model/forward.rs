@@ -1,10 +1,12 @@
 //! The forward pass.
 
+use std::ops::Range;
+
 use super::buffers::Owner;
 use super::probe::{FfnRows, Matrices};
 use super::{Attention, Buffers, Layer, Model, ModelError, Part};
 use crate::ops::attention::{self, AttentionScratch, attention};
-use crate::ops::{Compute, Epilogue, Inputs, MatmulScratch, add_rows, matmul, matmul_swiglu, rms_norm};
+use crate::ops::{Compute, Epilogue, add_rows, matmul, matmul_swiglu, rms_norm};
 use crate::quant::Matrix;
 
 impl Model {
@@ -38,31 +40,33 @@ impl Model {
         Ok(())
     }
 
-    /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`.
-    pub fn logits_of_parts(
-        &self,
-        on: Compute<'_>,
-        s: &mut Buffers,
-        rows: std::ops::Range<usize>,
-        out: &mut [f32],
-    ) {
-        self.project(on, &s.x, &s.all_rows[rows], &mut s.last, out, &mut s.matmul);
+    /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`; of rows whose policy
+    /// [shortlists](crate::skip::SkipPolicy::shortlists), those of unlikely tokens are estimates.
+    pub fn logits_of_parts(&self, on: Compute<'_>, s: &mut Buffers, rows: Range<usize>, out: &mut [f32]) {
+        let Some(shortlist) = &self.shortlist else { return self.project(on, s, rows, out) };
+        if let Some(buffers) = &mut s.shortlist {
+            buffers.unread = (0, 0);
+        }
+        let (mut from, mut out) = (rows.start, out);
+        while from < rows.end {
+            let listed = s.shortlists(from);
+            let to = (from..rows.end).find(|&row| s.shortlists(row) != listed).unwrap_or(rows.end);
+            let (of_these, of_others) = out.split_at_mut((to - from) * self.config.vocab);
+            match listed {
+                true => self.project_shortlist(on, s, shortlist, from..to, of_these),
+                false => self.project(on, s, from..to, of_these),
+            }
+            (from, out) = (to, of_others);
+        }
     }
 
     /// The output matrix alone adds its rounding straight to the logits - a quarter of the divergence
     /// from exact arithmetic on small models (docs/experiments.md) - so its inputs are refined.
-    fn project(
-        &self,
-        on: Compute<'_>,
-        x: &[f32],
-        rows: &[usize],
-        normed: &mut Inputs,
-        out: &mut [f32],
-        scratch: &mut [MatmulScratch],
-    ) {
-        rms_norm(on, x, rows, &self.output_norm, self.config.norm_eps, normed);
-        normed.refine(on);
-        matmul(on, &[self.output.matrix()], normed, Epilogue::Store, out, scratch);
+    fn project(&self, on: Compute<'_>, s: &mut Buffers, rows: Range<usize>, out: &mut [f32]) {
+        let rows = &s.all_rows[rows];
+        rms_norm(on, &s.x, rows, &self.output_norm, self.config.norm_eps, &mut s.last);
+        s.last.refine(on);
+        matmul(on, &[self.output.matrix()], &s.last, Epilogue::Store, out, &mut s.matmul);
     }
 
     fn check(&self, buffers: &Buffers, parts: &[Part<'_>]) -> Result<(), ModelError> {

@@ -12,6 +12,7 @@ mod kv;
 mod layers;
 mod probe;
 mod sequence;
+mod shortlist;
 mod stand_in;
 mod state;
 
@@ -35,6 +36,7 @@ use crate::skip::{
 };
 use crate::weights::{LoadOptions, Progress, Tensor, Weights};
 use cut::PreparedCut;
+use shortlist::Shortlist;
 
 /// A model whose weights are mapped. Shared by any number of sequences.
 pub struct Model {
@@ -49,6 +51,8 @@ pub struct Model {
     column_forms: ColumnForms,
     /// What may stand in for each FFN; empty until [`prepare_stand_ins`](Self::prepare_stand_ins).
     stand_ins: Vec<StandIn>,
+    /// What tells which logits must be exact; nothing until [`prepare_shortlist`](Self::prepare_shortlist).
+    shortlist: Option<Shortlist>,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -96,6 +100,7 @@ impl Model {
             cuts: Vec::new(),
             column_forms: ColumnForms::None,
             stand_ins: Vec::new(),
+            shortlist: None,
             output_norm,
             output,
             rope_frequencies,
@@ -149,7 +154,7 @@ impl Model {
         options: &SkipOptions,
         progress: impl FnMut(usize, usize),
     ) -> Result<(), ModelError> {
-        self.prepare_stand_ins_for(options)?;
+        self.prepare_all_but_cuts(on, options)?;
         match self.plan_to_prepare(options)? {
             Some((plan, forms)) => self.prepare_cuts(on, plan, forms, progress),
             None => Ok(()),
@@ -158,7 +163,7 @@ impl Model {
 
     /// [`prepare_skip`](Self::prepare_skip) for measuring what skipping costs in quality: with [`ColumnForms::None`].
     pub fn prepare_skip_by_rows(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
-        self.prepare_stand_ins_for(options)?;
+        self.prepare_all_but_cuts(on, options)?;
         match self.plan_to_prepare(options)? {
             Some((plan, _)) => self.prepare_cuts(on, plan, ColumnForms::None, |_, _| {}),
             None => Ok(()),
@@ -171,18 +176,22 @@ impl Model {
         if self.has_cuts() && self.needed_columns(options)?.is_none_or(|needed| needed < self.column_forms) {
             self.drop_cuts();
         }
+        if !options.resolved(self.calibration())?.output {
+            self.drop_shortlist();
+        }
         self.prepare_skip(on, options, |_, _| {})
     }
 
-    fn prepare_stand_ins_for(&mut self, options: &SkipOptions) -> Result<(), ModelError> {
-        let needed =
-            matches!(options.resolved(self.calibration())?.mode, SkipMode::StandIn | SkipMode::Mixed);
-        match self.calibration().and_then(|c| c.stand_ins.as_ref()) {
-            Some(found) if needed && self.stand_ins.is_empty() => {
-                self.prepare_stand_ins(found.layers.clone())
-            }
-            _ => Ok(()),
-        }
+    /// What does not depend on how cuts are read: stand-ins and the shortlist.
+    fn prepare_all_but_cuts(&mut self, on: Compute<'_>, options: &SkipOptions) -> Result<(), ModelError> {
+        let SkipOptions { mode, output, .. } = options.resolved(self.calibration())?;
+        let Some(known) = self.calibration() else { return Ok(()) };
+        let stand_ins =
+            known.stand_ins.as_ref().filter(|_| matches!(mode, SkipMode::StandIn | SkipMode::Mixed));
+        let stand_ins = stand_ins.filter(|_| self.stand_ins.is_empty()).map(|found| found.layers.clone());
+        let of_output = known.output.as_ref().filter(|_| output && !self.has_shortlist()).cloned();
+        stand_ins.map_or(Ok(()), |stand_ins| self.prepare_stand_ins(stand_ins))?;
+        of_output.map_or(Ok(()), |known| self.prepare_shortlist(on, known))
     }
 
     /// `None`: no cuts at all.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{Buffers, FfnStep, KvCache, KvType, Model, ModelError, Part, Probe, Products, Sequence};
 use crate::kernels::Kernels;
-use crate::ops::Compute;
+use crate::ops::{Compute, norm_row};
 use crate::skip::{SkipPolicy, SkipStats};
 use crate::threads::Team;
 
@@ -164,7 +164,7 @@ impl Model {
     /// Logits of row `row` of the last step, `[vocab]`.
     pub fn logits<'s>(&self, on: Compute<'_>, state: &'s mut State, row: usize) -> &'s mut [f32] {
         let mut logits = std::mem::take(&mut state.buffers.logits);
-        self.logits_of_parts(on, &mut state.buffers, row..row + 1, &mut logits);
+        self.logits_of(on, state, row..row + 1, &mut logits);
         state.buffers.logits = logits;
         &mut state.buffers.logits
     }
@@ -172,5 +172,16 @@ impl Model {
     /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`.
     pub fn logits_of(&self, on: Compute<'_>, state: &mut State, rows: Range<usize>, out: &mut [f32]) {
         self.logits_of_parts(on, &mut state.buffers, rows, out);
+        state.sequence.stats.output_unread(state.buffers.output_unread());
+    }
+
+    /// What the output matrix is multiplied with for the rows `rows` of the last step, `[rows, embedding]`.
+    pub fn output_inputs(&self, on: Compute<'_>, state: &State, rows: Range<usize>) -> Vec<f32> {
+        let d = self.config.embedding;
+        let mut inputs = vec![0.0; rows.len() * d];
+        for (x, out) in state.stream()[rows.start * d..].chunks_exact(d).zip(inputs.chunks_exact_mut(d)) {
+            norm_row(on, x, &self.output_norm, self.config.norm_eps, out);
+        }
+        inputs
     }
 }

@@ -47,11 +47,11 @@ pub enum Epilogue<'a> {
 pub struct MatmulScratch {
     panel: Panel,
     tiles: TilePanel,
-    acc: Vec<f32>,
-    up: Vec<f32>,
+    pub(super) acc: Vec<f32>,
+    pub(super) up: Vec<f32>,
     wide: Vec<f32>,
     /// Rows chosen, of a chunk.
-    chosen: Vec<u32>,
+    pub(super) chosen: Vec<u32>,
 }
 
 impl MatmulScratch {

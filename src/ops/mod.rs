@@ -8,11 +8,13 @@ mod columns;
 mod matmul;
 mod norm;
 mod rope;
+mod shortlist;
 
 pub use columns::{ColumnMatrix, ColumnMemory, ColumnScratch, PackedColumns, matmul_columns, swiglu_columns};
 pub use matmul::{Epilogue, MatmulScratch, matmul, matmul_swiglu, matmul_swiglu_chosen};
-pub use norm::{add_rows, rms_norm, rms_norm_then};
+pub use norm::{add_rows, norm_row, rms_norm, rms_norm_then};
 pub use rope::{RopeStyle, RopeTable};
+pub use shortlist::{ShortlistScratch, refine_largest};
 
 use crate::kernels::columns::{touched, touched_values};
 use crate::kernels::tiles::{TILE, TileInputs};

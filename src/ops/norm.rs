@@ -22,14 +22,18 @@ pub fn rms_norm_then(
     let cols = weight.len();
     out.reshape(rows.len(), cols);
     out.fill(on, |i, out| {
-        let x = &x[rows[i] * cols..][..cols];
-        let mean_square = on.kernels.dot_f32(x, x) / cols as f32;
-        let inverse = 1.0 / (mean_square + eps).sqrt();
-        for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * inverse * w;
-        }
+        norm_row(on, &x[rows[i] * cols..][..cols], weight, eps, out);
         then(i, out);
     });
+}
+
+/// `out = x / rms(x) * weight`, all as long.
+pub fn norm_row(on: Compute<'_>, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mean_square = on.kernels.dot_f32(x, x) / x.len() as f32;
+    let inverse = 1.0 / (mean_square + eps).sqrt();
+    for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * inverse * w;
+    }
 }
 
 /// `x[rows[i]] += y[i]`, rows of `cols` columns.

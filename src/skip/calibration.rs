@@ -6,7 +6,7 @@
 use std::io;
 
 use super::stand_in::matrix_type;
-use super::{CutPlan, CutSide, LayerCut, ModelFacts, StandIn};
+use super::{CutPlan, CutSide, LayerCut, ModelFacts, OutputCalibration, SkipChoice, StandIn};
 use crate::gguf::{Builder, Error as GgufError, GgmlType, Gguf, Metadata, StringArray, WriteError};
 use crate::quant;
 
@@ -108,7 +108,12 @@ pub struct Point {
 impl Point {
     /// Whether `--skip auto` may take it: mean KL divergence of 0.04 nats and 1.03 times the perplexity at most.
     pub fn is_good(&self) -> bool {
-        self.kl <= AUTO_KL && self.perplexity <= AUTO_PERPLEXITY && self.bytes > 0.0
+        self.kl <= AUTO_KL && self.perplexity <= AUTO_PERPLEXITY && (self.bytes > 0.0 || self.choice().output)
+    }
+
+    /// What its policy is; nothing, where it has a name that this program does not know.
+    pub fn choice(&self) -> SkipChoice {
+        SkipChoice::from_name(&self.policy).unwrap_or_default()
     }
 }
 
@@ -137,6 +142,8 @@ pub struct Calibration {
     pub stand_ins: Option<StandInCalibration>,
     /// What `mixed` needs beside these two; nothing in files of older versions.
     pub mixed: Option<MixedCalibration>,
+    /// What `output` needs; nothing in files of older versions, and where the output matrix has few bits anyway.
+    pub output: Option<OutputCalibration>,
     /// Measured points, in no order.
     pub points: Vec<Point>,
     /// Index of the point that `--skip auto` takes.
@@ -187,14 +194,16 @@ impl Calibration {
         self.auto.and_then(|i| self.points.get(i))
     }
 
-    /// The points among which `--skip auto` chooses where it can time them: its own, and of each other policy the one with the
-    /// most bytes unread of those that are good enough.
+    /// The points among which `--skip auto` chooses where it can time them: its own, and of each other way to skip FFNs the one
+    /// with the most bytes unread of those that are good enough, rather with the output matrix left unread, too.
     pub fn auto_candidates(&self) -> Vec<&Point> {
         let Some(own) = self.auto_point() else { return Vec::new() };
         let mut candidates = vec![own];
-        for point in self.points.iter().filter(|point| point.is_good() && point.policy != own.policy) {
-            match candidates.iter_mut().find(|found| found.policy == point.policy) {
-                Some(found) if found.bytes < point.bytes => *found = point,
+        let depth = |point: &Point| (point.choice().output, point.bytes);
+        let others = self.points.iter().filter(|point| point.choice().mode != own.choice().mode);
+        for point in others.filter(|point| point.is_good()) {
+            match candidates.iter_mut().find(|found| found.choice().mode == point.choice().mode) {
+                Some(found) if depth(found) < depth(point) => *found = point,
                 Some(_) => {}
                 None => candidates.push(point),
             }
@@ -231,6 +240,7 @@ impl Calibration {
             cut: r.cut(facts)?,
             stand_ins: r.stand_ins(facts)?,
             mixed: r.mixed()?,
+            output: r.output(facts)?,
             points,
             auto,
         })
@@ -252,12 +262,21 @@ impl Calibration {
             let rows = bytes.len() / ty.row_bytes(*cols);
             file.tensor(*name, *ty, &[*cols as u64, rows as u64])?;
         }
+        let (n, ty) = (facts.embedding, stored_type(facts.embedding));
+        let output =
+            self.output.iter().flat_map(|found| [(CENTRE, &found.centre), (DIRECTIONS, &found.directions)]);
+        for (name, values) in output.clone() {
+            file.tensor(name, ty, &[n as u64, (values.len() / n) as u64])?;
+        }
         let mut out = file.start(out)?;
         for (_, n, values) in &sides {
             out.write_tensor(&stored(*n, stored_type(*n), values))?;
         }
         for (_, _, _, bytes) in &stand_ins {
             out.write_tensor(bytes)?;
+        }
+        for (_, values) in output {
+            out.write_tensor(&stored(n, ty, values))?;
         }
         out.finish()
     }
@@ -353,6 +372,8 @@ const PROBE: &str = "stand_in.probe.weight";
 const BASE: &str = "stand_in.base";
 const NARROW: &str = "stand_in.narrow.weight";
 const WIDE: &str = "stand_in.wide.weight";
+const CENTRE: &str = "output.centre";
+const DIRECTIONS: &str = "output.directions";
 
 /// The vectors of all layers, one after the other, zeros for those that have none; nothing if no layer has one.
 fn matrix(plan: &CutPlan, n: usize, of: fn(&mut LayerCut) -> &mut Vec<f32>) -> Vec<f32> {
@@ -391,6 +412,15 @@ pub(super) fn restored(n: usize, ty: GgmlType, bytes: &[u8]) -> Vec<f32> {
         quant::dequantize_row(ty, bytes, row);
     }
     values
+}
+
+impl OutputCalibration {
+    /// This as it comes back from a file.
+    pub fn as_stored(&self) -> Self {
+        let (n, ty) = (self.centre.len(), stored_type(self.centre.len()));
+        let round = |values: &[f32]| restored(n, ty, &stored(n, ty, values));
+        Self { centre: round(&self.centre), directions: round(&self.directions) }
+    }
 }
 
 impl CutPlan {
@@ -605,6 +635,16 @@ impl Reader<'_> {
         }
     }
 
+    fn output(&self, facts: &ModelFacts) -> Result<Option<OutputCalibration>> {
+        let (n, rows) = (facts.embedding, OutputCalibration::DIRECTIONS);
+        let Some(centre) = self.tensor(CENTRE, n, 1, &FINITE)? else { return Ok(None) };
+        let directions = self.tensor(DIRECTIONS, n, rows, &FINITE)?.ok_or_else(|| {
+            let (tensor, found, expected) = (DIRECTIONS.into(), "missing".into(), [n as u64, rows as u64]);
+            CalibrationError::Tensor { tensor, found, ty: stored_type(n), expected }
+        })?;
+        Ok(Some(OutputCalibration { centre, directions }))
+    }
+
     fn points(&self) -> Result<Vec<Point>> {
         let policies = self.metadata.array_str("skip.point.policy")?;
         let n = policies.len();
@@ -647,8 +687,13 @@ mod tests {
             point("static", 0.1, 0.5),
         ];
         let found = Calibration { points, auto: Some(1), ..Calibration::default() };
-        let shares: Vec<_> = found.auto_candidates().iter().map(|p| (p.policy.as_str(), p.ratio)).collect();
-        assert_eq!(shares, [("cut", 0.3), ("neurons", 0.2)]);
+        let shares = |found: &Calibration| -> Vec<(String, f32)> {
+            found.auto_candidates().iter().map(|p| (p.policy.clone(), p.ratio)).collect()
+        };
+        assert_eq!(shares(&found), [("cut".into(), 0.3), ("neurons".into(), 0.2)]);
+        let mut newer = found.clone();
+        newer.points.extend([point("neurons+output", 0.19, 0.03), point("output", 0.0, 0.001)]);
+        assert_eq!(shares(&newer)[1..], [("neurons+output".into(), 0.19), ("output".into(), 0.0)]);
         assert!(Calibration { auto: None, ..found }.auto_candidates().is_empty());
     }
 

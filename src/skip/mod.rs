@@ -4,12 +4,14 @@
 //! reports the cosine of the residual stream before and after those that ran; nothing else in the
 //! model knows about skipping. Attention runs, so every token has keys and values in every layer
 //! (FFN-SkipLLM, Jaiswal et al., EMNLP 2024, arXiv 2404.03865). Some of the policies that the paper
-//! compares with leave out whole layers; their tokens have keys and values all the same.
+//! compares with leave out whole layers; their tokens have keys and values all the same. Beside any of them most of the
+//! output matrix can be left unread ([`Shortlisting`]).
 
 mod baselines;
 mod built_in;
 mod cut;
 mod ffn_skip;
+mod shortlist;
 mod stand_in;
 
 mod calibration;
@@ -24,7 +26,8 @@ pub use calibration::{
 };
 pub use cut::{Cut, CutPlan, CutSide, Depth, LayerCut};
 pub use ffn_skip::FfnSkip;
-pub use options::{ModelFacts, SkipError, SkipMode, SkipOptions};
+pub use options::{ModelFacts, SkipChoice, SkipError, SkipMode, SkipOptions};
+pub use shortlist::{OutputCalibration, Shortlisting};
 pub use stand_in::StandIn;
 pub use stats::SkipStats;
 pub use uniform::Uniform;
@@ -72,6 +75,11 @@ pub trait SkipPolicy: Send {
 
     /// Whether the policy wants cosines: measuring costs a little.
     fn observes(&self) -> bool {
+        false
+    }
+
+    /// Whether of the logits of a token that is governed only the likely ones need be exact.
+    fn shortlists(&self) -> bool {
         false
     }
 

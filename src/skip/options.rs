@@ -3,8 +3,8 @@
 use std::ops::Range;
 
 use super::{
-    Calibration, Curve, CutCalibration, FfnSkip, Never, Point, Random, ShortGpt, SkipDecode, SkipPolicy,
-    Static, Uniform,
+    Calibration, Curve, CutCalibration, FfnSkip, Never, Point, Random, ShortGpt, Shortlisting, SkipDecode,
+    SkipPolicy, Static, Uniform,
 };
 
 /// Which policy.
@@ -40,6 +40,8 @@ pub enum SkipMode {
 pub struct SkipOptions {
     /// Which policy.
     pub mode: SkipMode,
+    /// Whether most of the output matrix is left unread, too.
+    pub output: bool,
     /// Share to be skipped by tokens past the warm-up, 0 to 1: of the FFN blocks, or of the FFN weight bytes
     /// where parts of FFNs are left out. Sets the strength of any policy.
     pub ratio: Option<f32>,
@@ -85,7 +87,7 @@ pub enum SkipError {
     Ratio { found: f32 },
     #[error("--skip-ratio {found}: {mode} reaches {most:.3} at most with this model and these cold regions")]
     RatioTooHigh { found: f32, mode: &'static str, most: f32 },
-    #[error("--skip {mode} has no {flag}: its strength is set with --skip-ratio")]
+    #[error("--skip {mode} has no {flag}")]
     Unused { mode: &'static str, flag: &'static str },
     #[error("--skip-ratio sets the threshold: give one of the two")]
     RatioAndThreshold,
@@ -107,37 +109,9 @@ pub enum SkipError {
 }
 
 impl SkipMode {
-    const NAMES: [(&'static str, Self); 11] = [
-        ("off", Self::Off),
-        ("auto", Self::Auto),
-        ("ffn-skip", Self::FfnSkip),
-        ("static", Self::Static),
-        ("random", Self::Random),
-        ("shortgpt", Self::ShortGpt),
-        ("skipdecode", Self::SkipDecode),
-        ("cut", Self::Cut),
-        ("neurons", Self::Neurons),
-        ("stand-in", Self::StandIn),
-        ("mixed", Self::Mixed),
-    ];
-
-    /// The name of every mode, as `--skip` takes it.
-    pub fn names() -> impl Iterator<Item = &'static str> {
-        Self::NAMES.iter().map(|row| row.0)
-    }
-
     /// Its name.
     pub fn name(self) -> &'static str {
-        Self::NAMES.iter().find(|row| row.1 == self).map_or("off", |row| row.0)
-    }
-
-    /// The mode called `name`.
-    pub fn from_name(name: &str) -> Result<Self, SkipError> {
-        let row = Self::NAMES.iter().find(|row| row.0 == name);
-        row.map(|row| row.1).ok_or_else(|| SkipError::UnknownMode {
-            found: name.into(),
-            known: Self::names().collect::<Vec<_>>().join(", "),
-        })
+        SkipChoice::from(self).name()
     }
 
     /// Whether there is no policy of this mode without a calibration, whatever the parameters.
@@ -146,7 +120,76 @@ impl SkipMode {
     }
 }
 
+/// What a name after `--skip` stands for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SkipChoice {
+    /// What decides about FFNs.
+    pub mode: SkipMode,
+    /// Whether most of the output matrix is left unread, too ([`Shortlisting`]).
+    pub output: bool,
+}
+
+impl From<SkipMode> for SkipChoice {
+    fn from(mode: SkipMode) -> Self {
+        Self { mode, output: false }
+    }
+}
+
+impl SkipChoice {
+    /// The output matrix alone.
+    pub const OUTPUT: Self = Self { mode: SkipMode::Off, output: true };
+
+    const NAMES: [(&'static str, SkipMode, bool); 16] = [
+        ("off", SkipMode::Off, false),
+        ("auto", SkipMode::Auto, false),
+        ("ffn-skip", SkipMode::FfnSkip, false),
+        ("static", SkipMode::Static, false),
+        ("random", SkipMode::Random, false),
+        ("shortgpt", SkipMode::ShortGpt, false),
+        ("skipdecode", SkipMode::SkipDecode, false),
+        ("cut", SkipMode::Cut, false),
+        ("neurons", SkipMode::Neurons, false),
+        ("stand-in", SkipMode::StandIn, false),
+        ("mixed", SkipMode::Mixed, false),
+        ("output", SkipMode::Off, true),
+        ("cut+output", SkipMode::Cut, true),
+        ("neurons+output", SkipMode::Neurons, true),
+        ("stand-in+output", SkipMode::StandIn, true),
+        ("mixed+output", SkipMode::Mixed, true),
+    ];
+
+    /// All names, as `--skip` takes them.
+    pub fn names() -> impl Iterator<Item = &'static str> {
+        Self::NAMES.iter().map(|row| row.0)
+    }
+
+    /// Its name; that of its mode, where both together have none.
+    pub fn name(self) -> &'static str {
+        let named = |output| Self::NAMES.iter().find(|row| (row.1, row.2) == (self.mode, output));
+        named(self.output).or(named(false)).map_or("off", |row| row.0)
+    }
+
+    /// The choice called `name`.
+    pub fn from_name(name: &str) -> Result<Self, SkipError> {
+        let row = Self::NAMES.iter().find(|row| row.0 == name);
+        row.map(|&(_, mode, output)| Self { mode, output }).ok_or_else(|| SkipError::UnknownMode {
+            found: name.into(),
+            known: Self::names().collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// Whether anything is skipped at all.
+    pub fn skips(self) -> bool {
+        self != Self::default()
+    }
+}
+
 impl SkipOptions {
+    /// What they choose.
+    pub fn choice(&self) -> SkipChoice {
+        SkipChoice { mode: self.mode, output: self.output }
+    }
+
     /// The policy for a model, with what calibration has found about it.
     pub fn policy(
         &self,
@@ -154,12 +197,31 @@ impl SkipOptions {
         calibration: Option<&Calibration>,
     ) -> Result<Box<dyn SkipPolicy>, SkipError> {
         self.check(facts)?;
+        if self.mode == SkipMode::Auto {
+            return self.resolved(calibration)?.policy(facts, calibration);
+        }
+        let name = self.choice().name();
+        if self.output && calibration.is_none() {
+            return Err(SkipError::NeedsCalibration { mode: name, with: "" });
+        }
+        if self.output && calibration.is_none_or(|found| found.output.is_none()) {
+            return Err(SkipError::Uncalibrated { mode: name });
+        }
+        let ffns = self.ffn_policy(facts, calibration)?;
+        Ok(if self.output { Box::new(Shortlisting { name, ffns }) } else { ffns })
+    }
+
+    /// What decides about FFNs.
+    fn ffn_policy(
+        &self,
+        facts: &ModelFacts,
+        calibration: Option<&Calibration>,
+    ) -> Result<Box<dyn SkipPolicy>, SkipError> {
         let warm_up = self.warm_up.unwrap_or(25);
         let (start, end) = self.warm_layers(facts, calibration);
         let (layers, warm) = (facts.layers, start..end);
         Ok(match self.mode {
-            SkipMode::Off => Box::new(Never),
-            SkipMode::Auto => return self.resolved(calibration)?.policy(facts, calibration),
+            SkipMode::Off | SkipMode::Auto => Box::new(Never),
             SkipMode::FfnSkip => {
                 let threshold = self.ffn_skip_threshold(calibration)?;
                 Box::new(FfnSkip::new(threshold, self.k.unwrap_or(1), warm_up, (start, end)))
@@ -241,21 +303,28 @@ impl SkipOptions {
             return Ok(self.clone());
         }
         let Some(point) = self.calibrated(calibration)?.auto_point() else {
-            return Ok(Self { mode: SkipMode::Off, ..self.clone() });
+            return Ok(self.off());
         };
         self.at(point)
     }
 
     /// These options at the setting of a measured point.
     pub fn at(&self, point: &Point) -> Result<Self, SkipError> {
-        match SkipMode::from_name(&point.policy)? {
+        let SkipChoice { mode, output } = SkipChoice::from_name(&point.policy)?;
+        match mode {
             SkipMode::Auto => Err(SkipError::NoPoint { found: point.policy.clone() }),
-            mode => Ok(Self { mode, ratio: Some(point.ratio), ..self.clone() }),
+            SkipMode::Off => Ok(Self { output, ..self.off() }),
+            mode => Ok(Self { mode, output, ratio: Some(point.ratio), ..self.clone() }),
         }
     }
 
+    /// These options without any skipping.
+    pub fn off(&self) -> Self {
+        Self { mode: SkipMode::Off, output: false, ratio: None, ..self.clone() }
+    }
+
     fn check(&self, facts: &ModelFacts) -> Result<(), SkipError> {
-        let (layers, mode) = (facts.layers, self.mode.name());
+        let (layers, mode) = (facts.layers, self.choice().name());
         if let Some(found) = self.ratio.filter(|r| !(0.0..=1.0).contains(r)) {
             return Err(SkipError::Ratio { found });
         }
@@ -268,7 +337,7 @@ impl SkipOptions {
         if let Some((start, end)) = self.cold.filter(|&(start, end)| start > end || end > layers) {
             return Err(SkipError::Cold { start, end, layers });
         }
-        if self.mode == SkipMode::Auto && self.ratio.is_some() {
+        if (self.mode == SkipMode::Auto || self.choice() == SkipChoice::OUTPUT) && self.ratio.is_some() {
             return Err(SkipError::Unused { mode, flag: "--skip-ratio" });
         }
         if !matches!(self.mode, SkipMode::FfnSkip | SkipMode::Off) {
@@ -340,7 +409,7 @@ mod tests {
         assert_eq!(with(FfnSkip, |o| o.k = Some(0)), Err(SkipError::K { found: 0, layers: 30 }));
         let cold = SkipError::Cold { start: 3, end: 31, layers: 30 };
         assert_eq!(with(FfnSkip, |o| o.cold = Some((3, 31))), Err(cold));
-        assert!(SkipMode::from_name("ffnskip").is_err());
+        assert!(SkipChoice::from_name("ffnskip").is_err());
         assert_eq!(with(Random, |_| {}), Err(SkipError::NeedsRatio { mode: "random" }));
         assert_eq!(with(Random, |o| o.ratio = Some(0.2)), Ok("random"));
         assert_eq!(with(Random, |o| o.ratio = Some(1.2)), Err(SkipError::Ratio { found: 1.2 }));

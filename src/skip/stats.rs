@@ -4,6 +4,9 @@
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct SkipStats {
     layers: Vec<Layer>,
+    /// Tokens whose logits were shortlisted, and bytes that their output matrices left unread.
+    shortlisted: u64,
+    output_unread: i64,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -20,7 +23,7 @@ struct Layer {
 impl SkipStats {
     /// For a model of `layers` layers.
     pub fn new(layers: usize) -> Self {
-        Self { layers: vec![Layer::default(); layers] }
+        Self { layers: vec![Layer::default(); layers], ..Self::default() }
     }
 
     /// An FFN ran for `rows` tokens.
@@ -50,6 +53,17 @@ impl SkipStats {
         self.layers[layer].unread += bytes;
     }
 
+    /// The logits of some tokens were shortlisted, which left so many bytes of their output matrices unread.
+    pub fn output_unread(&mut self, (tokens, bytes): (u64, i64)) {
+        self.shortlisted += tokens;
+        self.output_unread += bytes;
+    }
+
+    /// Bytes of the output matrix that a token left unread whose logits were shortlisted; 0 if there is none.
+    pub fn output_unread_by_token(&self) -> f64 {
+        self.output_unread as f64 / self.shortlisted.max(1) as f64
+    }
+
     /// The cosine of an FFN that ran.
     pub fn cosine(&mut self, layer: usize, cosine: f32) {
         let layer = &mut self.layers[layer];
@@ -61,6 +75,7 @@ impl SkipStats {
 
     /// Adds the counts of another run of the same model.
     pub fn add(&mut self, other: &Self) {
+        self.output_unread((other.shortlisted, other.output_unread));
         self.layers.resize(self.layers.len().max(other.layers.len()), Layer::default());
         for (a, b) in self.layers.iter_mut().zip(&other.layers) {
             a.ran += b.ran;

@@ -3,6 +3,7 @@
 
 pub mod evaluate;
 pub mod models;
+pub mod prompts;
 
 use std::path::PathBuf;
 

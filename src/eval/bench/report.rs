@@ -68,6 +68,8 @@ pub struct Report {
     pub skip: &'static str,
     /// Share of the FFN blocks of the timed tokens that was skipped.
     pub ffn_skipped: f64,
+    /// Share of the bytes of the output matrix that they left unread.
+    pub output_bytes_skipped: f64,
     pub skipped_by_layer: Vec<f64>,
     /// The same test with another program.
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
@@ -97,7 +99,8 @@ impl Report {
         let median_ts = median(&samples_ts);
         let stats = &run.stats;
         let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
-        let read = model.decode_bytes() as f64 - model.ffn_bytes() as f64 * stats.weighted_share(ffn_bytes);
+        let ffns = model.ffn_bytes() as f64 * stats.weighted_share(ffn_bytes);
+        let read = model.decode_bytes() as f64 - ffns - stats.output_unread_by_token();
         let gbps = |bytes: f64| (run.test.generate > 0).then_some(bytes * median_ts / 1e9);
         let (weight_gbps, kv_gbps) = (gbps(read), gbps(kv_bytes(run)));
         let sweep_gbps = (!run.sweeps.is_empty()).then(|| median(&run.sweeps) / 1e9);
@@ -144,6 +147,7 @@ impl Report {
             kernel: run.on.kernels.name(),
             skip: run.state.policy_name(),
             ffn_skipped: stats.share(),
+            output_bytes_skipped: model.output_share(stats),
             skipped_by_layer: stats.share_by_layer(),
             vs: None,
         }

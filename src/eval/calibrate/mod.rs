@@ -10,6 +10,7 @@ mod depth;
 mod gather;
 mod linear;
 mod mixed;
+mod output;
 mod quality;
 mod sense;
 mod stand_in;
@@ -27,7 +28,8 @@ use crate::skip::{
     SkipPolicy, StandInCalibration, Uniform,
 };
 use gather::{Gatherer, LayerSums, widened};
-use quality::{POINTS, best, points, sorted};
+use output::OutputInputs;
+use quality::{POINTS, best, output_points, points, sorted};
 use trials::{Alone, COMPARED, Trials};
 use weigh::{Shares, gate_weights, layer_cut, trim_centres};
 
@@ -102,13 +104,14 @@ pub fn calibrate(
     progress: Progress<'_>,
 ) -> Result<Calibration> {
     let (held_out, windows) = divided(texts, options)?;
-    let (layers, targets) = gather(model, on, &windows, progress)?;
+    let (layers, targets, inputs) = gather(model, on, &windows, progress)?;
     let mut found = Calibration {
         model: model.weights().fingerprint(),
         text: options.text.clone(),
         tokens: (options.windows * CONTEXT) as u32,
         cosines: layers.iter().map(|l| l.mean_cosine() as f32).collect(),
         influence: layers.iter().map(LayerSums::influence).collect(),
+        output: inputs.learn(model, on)?,
         ..Calibration::default()
     };
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
@@ -118,13 +121,28 @@ pub fn calibrate(
     found.cut = Some(cuts(model, on, &trials, (&layers, &targets), progress)?);
     found.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
     found.mixed = mixed::learn(model, on, &trials, &found, progress)?;
-    found.points = sorted(points(model, on, &found, held_out, &POINTS, progress)?);
+    found.points = points(model, on, &found, held_out, &POINTS, progress)?;
+    with_output_points(model, on, found, held_out, progress)
+}
+
+/// Measures the points that leave the output matrix unread, and chooses among all.
+fn with_output_points(
+    model: &Model,
+    on: Compute<'_>,
+    mut found: Calibration,
+    held_out: &[u32],
+    progress: Progress<'_>,
+) -> Result<Calibration> {
+    found.points.retain(|point| !point.choice().output);
+    let measured = output_points(model, on, &found, held_out, progress)?;
+    found.points.extend(measured);
+    found.points = sorted(found.points);
     found.auto = best(&found.points);
     Ok(found)
 }
 
 /// Adds to a calibration of `model` what it lacks, from `texts`: what a file of an older version has not learnt about
-/// neurons, stand-ins, or these together with cuts. The rest stays. Nothing is lacking: it is given back.
+/// neurons, stand-ins, these together with cuts, or the output matrix. The rest stays. Nothing is lacking: it is given back.
 ///
 /// # Errors
 /// As [`calibrate`]; or it has no cuts to begin with.
@@ -141,14 +159,16 @@ pub fn complete(
     lacking.extend(cut.neurons.ratios.is_empty().then_some(SkipMode::Neurons));
     lacking.extend(known.stand_ins.is_none().then_some(SkipMode::StandIn));
     lacking.extend(known.mixed.is_none().then_some(SkipMode::Mixed));
-    if lacking.is_empty() {
+    let lacks_output = known.output.is_none() && model.shortlist_bytes().is_some();
+    if lacking.is_empty() && !lacks_output {
         return Ok(known);
     }
     let lacks = |mode| lacking.contains(&mode);
     let (held_out, windows) = divided(texts, options)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
-    if lacks(SkipMode::Neurons) || lacks(SkipMode::StandIn) {
-        let (layers, _) = gather(model, on, &windows, progress)?;
+    if lacks(SkipMode::Neurons) || lacks(SkipMode::StandIn) || lacks_output {
+        let (layers, _, inputs) = gather(model, on, &windows, progress)?;
+        known.output = inputs.learn(model, on)?;
         if lacks(SkipMode::Neurons) {
             complete_cuts(model, on, &trials, &layers, cut, progress)?;
         }
@@ -156,18 +176,17 @@ pub fn complete(
             known.stand_ins = Some(stand_ins(model, on, &trials, &layers, progress)?);
         }
     }
+    model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
+    if let Some(found) = &known.stand_ins {
+        model.prepare_stand_ins(found.layers.clone())?;
+    }
     if lacks(SkipMode::Mixed) {
-        model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
-        if let Some(found) = &known.stand_ins {
-            model.prepare_stand_ins(found.layers.clone())?;
-        }
         known.mixed = mixed::learn(model, on, &trials, &known, progress)?;
     }
     let lacking: Vec<_> = POINTS.into_iter().filter(|(mode, _)| lacking.contains(mode)).collect();
     let measured = points(model, on, &known, held_out, &lacking, progress)?;
-    known.points = sorted([std::mem::take(&mut known.points), measured].concat());
-    known.auto = best(&known.points);
-    Ok(known)
+    known.points.extend(measured);
+    with_output_points(model, on, known, held_out, progress)
 }
 
 /// Adds what `neurons` needs to what is known about columns.
@@ -249,33 +268,34 @@ fn state(model: &Model, on: Compute<'_>, policy: Box<dyn SkipPolicy>) -> State {
     State::new(model, on.team, (CONTEXT, CONTEXT), KvType::F16, policy)
 }
 
-/// What the full model computes over `windows`; and how deep each traced token should be cut, on average as deep as
-/// all ([`depth::target`]).
+/// What the full model computes over `windows`; how deep each traced token should be cut, on average as deep as
+/// all ([`depth::target`]); and what its output matrix is multiplied with.
 fn gather(
     model: &Model,
     on: Compute<'_>,
     windows: &[&[u32]],
     progress: Progress<'_>,
-) -> Result<(Vec<LayerSums>, Vec<f32>)> {
+) -> Result<(Vec<LayerSums>, Vec<f32>, OutputInputs)> {
     let config = model.config();
     let text = (windows.len(), CONTEXT, WARM_UP);
     let gatherer = Gatherer::new(config.layers, (config.embedding, config.ffn), text);
     let trace_every = gatherer.trace_every;
     let shared = Arc::new(Mutex::new(gatherer));
-    let mut doubts = Vec::new();
+    let (mut doubts, mut inputs) = (Vec::new(), OutputInputs::new(config.embedding));
     let mut state = state(model, on, Box::new(Never));
     state.set_probe(Some(Box::new(shared.clone())));
     for (i, window) in windows.iter().enumerate() {
         state.truncate(0);
         model.forward(on, &mut state, window, FfnStep::Full)?;
         doubts.extend(doubts_of(model, on, &mut state));
+        inputs.add(on, &model.output_inputs(on, &state, WARM_UP..CONTEXT));
         report(&mut *progress, Stage::Activations, i + 1, windows.len())?;
     }
     let mut gatherer = shared.lock().unwrap_or_else(PoisonError::into_inner);
     let mut targets: Vec<f32> = doubts.into_iter().step_by(trace_every).map(depth::target).collect();
     let mean = targets.iter().sum::<f32>() / targets.len().max(1) as f32;
     targets.iter_mut().for_each(|target| *target -= mean);
-    Ok((std::mem::take(&mut gatherer.layers), targets))
+    Ok((std::mem::take(&mut gatherer.layers), targets, inputs))
 }
 
 /// `1 - sum p^2` over the successors of each token past the warm-up of the window that `state` holds.

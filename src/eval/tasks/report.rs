@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{Estimate, Judgment, Record, Task, TaskError};
 use crate::eval::plot::{Plot, Series, Style};
-use crate::skip::SkipMode;
+use crate::skip::SkipChoice;
 
 /// A number that is measured of every answer.
 #[derive(Clone, Copy, Debug)]
@@ -153,7 +153,7 @@ impl Report {
     pub fn new(task: Task, records: &[&Record], judgments: &[&Judgment], by_group: bool) -> Self {
         let scored: Vec<Scored> = records.iter().map(|record| score(record, judgments)).collect();
         let order = |r: &Record| {
-            let place = SkipMode::names().position(|name| name == r.policy).unwrap_or(usize::MAX);
+            let place = SkipChoice::names().position(|name| name == r.policy).unwrap_or(usize::MAX);
             (place, numbers(&r.strength), r.strength.clone())
         };
         let mut contenders: Vec<&Record> = Vec::new();
