@@ -10,8 +10,8 @@ use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
 use skiff::skip::{
-    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, ShortGpt, SkipDecode, SkipError,
-    SkipMode, SkipOptions, SkipPolicy,
+    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, OutputCalibration, ShortGpt, SkipChoice,
+    SkipDecode, SkipError, SkipMode, SkipOptions, SkipPolicy,
 };
 use skiff::threads::Team;
 
@@ -137,9 +137,10 @@ fn policies_reach_the_ratio_asked_for() {
     let reach = (found.cold.1 - found.cold.0) / 2;
     model.set_calibration(found);
     for ratio in [0.1, 0.25, 0.4] {
-        for name in SkipChoice::names().filter(|name| !["off", "auto"].contains(name)) {
+        for name in SkipChoice::names().filter(|name| !["off", "auto", "output"].contains(name)) {
             let SkipChoice { mode, output } = SkipChoice::from_name(name).unwrap();
-            let options = SkipOptions { mode, ratio: Some(ratio), cold: Some((0, 12)), ..Default::default() };
+            let ratio_alone = SkipOptions { mode, output, ratio: Some(ratio), ..Default::default() };
+            let options = SkipOptions { cold: Some((0, 12)), ..ratio_alone };
             let options = match mode {
                 SkipMode::Static | SkipMode::Random | SkipMode::ShortGpt | SkipMode::SkipDecode => options,
                 // Calibrated for the cold regions that were found.
@@ -215,7 +216,12 @@ fn a_model_that_is_not_quantised_is_calibrated_for_what_it_can_skip() {
 
 /// The calibration as a version wrote it that did not know `policies`.
 fn without(mut found: Calibration, policies: &[&str]) -> Calibration {
+    found.auto = None;
     found.points.retain(|point| !policies.contains(&point.policy.as_str()));
+    if policies.contains(&"output") {
+        found.output = None;
+        found.points.retain(|point| !point.choice().output);
+    }
     if policies.contains(&"neurons") {
         let cut = found.cut.as_mut().unwrap();
         cut.neurons = Default::default();
@@ -237,7 +243,8 @@ fn an_older_calibration_is_completed() {
     let (found, ids) = calibrated(&mut model, &team, 1);
     let options = CalibrateOptions { windows: 4, quality_windows: 1, text: "a text".into() };
     let nobody = &mut |_, _, _| true;
-    for lacking in [&["mixed"][..], &["stand-in", "mixed"], &["neurons", "stand-in", "mixed"]] {
+    let three = ["neurons", "stand-in", "mixed"];
+    for lacking in [&three[2..], &three[1..], &three, &["output"], &["mixed", "output"]] {
         let older = without(found.clone(), lacking);
         let older = read(&write(&older, &model.facts()), &model).unwrap();
         let texts = [ids.clone()];
@@ -245,16 +252,22 @@ fn an_older_calibration_is_completed() {
         for policy in lacking {
             let learnt = |c: &Calibration| c.points.iter().filter(|p| p.policy == *policy).count();
             assert!(learnt(&completed) > 0 && learnt(&completed).abs_diff(learnt(&found)) <= 2);
-            let mode = SkipChoice::from_name(policy).unwrap().mode;
-            let asked = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
+            let SkipChoice { mode, output } = SkipChoice::from_name(policy).unwrap();
+            let ratio = (!output).then_some(0.2);
+            let asked = SkipOptions { mode, output, ratio, ..Default::default() };
             let error = asked.policy(&model.facts(), Some(&older)).err().unwrap().to_string();
             assert!(error.contains(policy) && error.contains("--complete"), "{error}");
             assert!(asked.policy(&model.facts(), Some(&completed)).is_ok());
         }
         let again = complete(&mut model, on(&team), completed.clone(), &texts, &options, nobody).unwrap();
         assert_eq!(again, completed, "nothing was lacking");
-        let rest = without(completed, lacking);
-        assert_eq!(Calibration { auto: older.auto, ..rest }, older, "the rest stays");
+        // What leaves the output matrix unread, too, is measured anew: it goes by what else was found.
+        let rest = |c: Calibration| {
+            let mut c = without(c, lacking);
+            c.points.retain(|point| !point.choice().output);
+            c
+        };
+        assert_eq!(rest(completed), rest(older), "the rest stays");
     }
 }
 
@@ -308,6 +321,11 @@ fn broken_files_are_errors() {
             if let Ok(read) = read(&broken, &model) {
                 assert_eq!(read.cosines.len(), SHAPE.layers);
                 assert!(read.cold.0 <= read.cold.1 && read.cold.1 <= SHAPE.layers);
+                if let Some(output) = &read.output {
+                    let values = [&output.centre[..], &output.directions].concat();
+                    assert_eq!(values.len(), (1 + OutputCalibration::DIRECTIONS) * SHAPE.embedding);
+                    assert!(values.iter().all(|v| v.is_finite()));
+                }
                 for mode in [SkipMode::Cut, SkipMode::Neurons, SkipMode::StandIn, SkipMode::Mixed] {
                     let options = SkipOptions { mode, ratio: Some(0.2), ..Default::default() };
                     if let Ok(mut policy) = options.policy(&model.facts(), Some(&read)) {
