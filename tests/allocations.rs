@@ -11,7 +11,9 @@ use skiff::gguf::GgmlType;
 use skiff::kernels::Kernels;
 use skiff::model::{ColumnForms, FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
-use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, Uniform};
+use skiff::skip::{
+    Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, OutputCalibration, Shortlisting, SkipPolicy, Uniform,
+};
 use skiff::threads::Team;
 
 /// Allocations and growths of all threads, so far.
@@ -92,6 +94,18 @@ fn decode(model: &Model, on: Compute<'_>, kv: KvType, policy: Box<dyn SkipPolicy
     COUNT.load(Ordering::SeqCst) - before
 }
 
+/// What is allocated, if anything is.
+fn failure(model: &Model, on: Compute<'_>, kv: KvType, policy: Box<dyn SkipPolicy>) -> Option<String> {
+    let name = policy.name();
+    // The harness allocates too, once, when a test takes long; a decoder would again.
+    let n = match decode(model, on, kv, policy.boxed_clone()) {
+        0 => 0,
+        _ => decode(model, on, kv, policy),
+    };
+    let (kernels, threads) = (on.kernels.name(), on.team.threads());
+    (n != 0).then(|| format!("{name} with {kernels}, threads {threads}, {kv:?}: {n}"))
+}
+
 /// One test, not several: others in this process would be counted too.
 #[test]
 fn decoding_allocates_nothing() {
@@ -128,19 +142,24 @@ fn decoding_allocates_nothing() {
                         Box::new(mixed),
                     ];
                     for policy in policies {
-                        let (name, on) = (policy.name(), Compute { team: &team, kernels });
-                        // The harness allocates too, once, when a test takes long; a decoder would again.
-                        let n = match decode(&model, on, kv, policy.boxed_clone()) {
-                            0 => 0,
-                            _ => decode(&model, on, kv, policy),
-                        };
-                        if n != 0 {
-                            failures.push(format!("{ty} {kernels:?} threads {threads} {kv:?} {name}: {n}"));
-                        }
+                        let on = Compute { team: &team, kernels };
+                        failures.extend(failure(&model, on, kv, policy));
                     }
                 }
             }
         }
+    }
+    // The output matrix of the others is too small for a shortlist.
+    let mut model = ModelFile::llama(WIDE, GgmlType::Q8_0).load().unwrap();
+    let team = Team::new(1).unwrap();
+    for kernels in Kernels::available() {
+        let on = Compute { team: &team, kernels };
+        let centre = vec![0.1; WIDE.embedding];
+        let directions = centre.repeat(OutputCalibration::DIRECTIONS);
+        model.prepare_shortlist(on, OutputCalibration { centre, directions }).unwrap();
+        assert!(model.has_shortlist());
+        let policy = Shortlisting { name: "output", ffns: Box::new(Never) };
+        failures.extend(failure(&model, on, KvType::F16, Box::new(policy)));
     }
     assert!(failures.is_empty(), "allocations while decoding: {failures:#?}");
 }
