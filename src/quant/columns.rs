@@ -34,7 +34,7 @@
 
 use std::ops::Range;
 
-use super::{Matrix, group_len, has_min, is_quantised, unpack_row};
+use super::{Matrix, group_len, has_min, is_quantised, unpack_row, unpack_scales};
 use crate::gguf::GgmlType;
 
 /// Outputs of a tile: two cache lines of 4-bit codes a column, and 16 registers of 16 sums.
@@ -315,11 +315,10 @@ impl Ranges {
     /// Of the output with the weights `row`.
     pub fn of(layout: &ColumnLayout, row: &[u8], s: &mut PackScratch) -> Self {
         let groups = layout.groups();
-        s.q.resize(layout.cols.max(SPAN), 0);
         s.scale.resize(groups.max(SPAN), 0.0);
         s.min.resize(groups.max(SPAN), 0.0);
         let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
-        unpack_row(layout.ty, row, &mut s.q[..layout.cols], scale, min);
+        unpack_scales(layout.ty, row, scale, min);
         let range = |values: &[f32]| {
             let least = values.iter().fold(f32::INFINITY, |m, &v| m.min(v));
             [least, values.iter().fold(f32::NEG_INFINITY, |m, &v| m.max(v))]
@@ -361,6 +360,7 @@ fn factor([least, greatest]: [f32; 2], zero: f32) -> f32 {
 /// Buffers of packing.
 #[derive(Default)]
 pub struct PackScratch {
+    /// `[4][SPAN]`: the codes of four outputs.
     q: Vec<u8>,
     scale: Vec<f32>,
     min: Vec<f32>,
@@ -387,29 +387,42 @@ pub fn pack(
     let (n, groups) = (cols.len(), cols.len() / layout.group_len());
     let outputs = layout.outputs_of(strip);
     let (heads, zeros) = heads[..layout.heads(strip)].split_at(layout.heads(strip) - 2);
-    s.q.resize(n.max(SPAN), 0);
+    s.q.resize(4 * SPAN, 0);
     s.scale.resize(groups.max(SPAN), 0.0);
     s.min.resize(groups.max(SPAN), 0.0);
     s.turned.resize(TILE * SPAN, 0);
     for tile in 0..width.div_ceil(TILE) {
         let first = tile * TILE;
         s.turned.fill(0);
-        for o in first..(first + TILE).min(outputs.len()) {
-            let row = &matrix.row(outputs.start + o)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
-            let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
-            unpack_row(ty, row, &mut s.q[..n], scale, min);
-            let factor = heads[o];
-            let code = |v: f32, factor: f32, zero: f32| (v / factor + zero).round_ties_even() as u8;
-            for (g, group) in bytes.chunks_exact_mut(layout.group_bytes(width)).take(groups).enumerate() {
-                group[o] = code(scale[g], factor, zeros[0]);
-                if has_min(ty) {
-                    group[width + o] = code(min[g], factor * heads[width + o], zeros[1]);
+        let outputs_here = first..(first + TILE).min(outputs.len());
+        for four in outputs_here.clone().step_by(4) {
+            s.q.fill(0);
+            for (o, q) in (four..outputs_here.end).zip(s.q.chunks_exact_mut(SPAN)) {
+                let row = &matrix.row(outputs.start + o)[ty.row_bytes(cols.start)..ty.row_bytes(cols.end)];
+                let (scale, min) = (&mut s.scale[..groups], &mut s.min[..groups]);
+                unpack_row(ty, row, &mut q[..n], scale, min);
+                let factor = heads[o];
+                let code = |v: f32, factor: f32, zero: f32| (v / factor + zero).round_ties_even() as u8;
+                for (g, group) in bytes.chunks_exact_mut(layout.group_bytes(width)).take(groups).enumerate() {
+                    group[o] = code(scale[g], factor, zeros[0]);
+                    if has_min(ty) {
+                        group[width + o] = code(min[g], factor * heads[width + o], zeros[1]);
+                    }
                 }
             }
-            let places = s.turned.chunks_exact_mut(TILE).zip(&s.q[..n]);
-            places.for_each(|(column, q)| column[o - first] = *q);
+            turn_four(&s.q, four - first, &mut s.turned);
         }
         pack_tile(layout, width, tile, &s.turned[..n * TILE], bytes);
+    }
+}
+
+/// Writes the codes of four outputs, `[4][SPAN]`, to the tile's, `[SPAN][TILE]`, from output `at` on.
+fn turn_four(rows: &[u8], at: usize, turned: &mut [u8]) {
+    let (rows, _) = rows.as_chunks::<SPAN>();
+    let [a, b, c, d] = rows else { unreachable!("four rows") };
+    for (i, column) in turned.chunks_exact_mut(TILE).enumerate() {
+        let four: &mut [u8; 4] = column[at..].first_chunk_mut().expect("outputs of a tile");
+        *four = [a[i], b[i], c[i], d[i]];
     }
 }
 
@@ -417,31 +430,28 @@ pub fn pack(
 fn pack_tile(layout: &ColumnLayout, width: usize, tile: usize, codes: &[u8], bytes: &mut [u8]) {
     let (group_bytes, column_bytes) = (layout.group_bytes(width), layout.column_bytes(width));
     let (low_bytes, here) = (layout.parts(width).0, (width - tile * TILE).min(TILE));
-    let indices = iq4_indices();
+    let (kind, indices) = (layout.codes(), iq4_indices());
+    // The codes of four outputs at a time: their bytes lie together in every place.
+    let place = |four| ColumnLayout::place(kind, width, low_bytes, tile * TILE + 4 * four);
+    let places: Vec<_> = (0..here / 4).map(place).collect();
     for (c, column) in codes.chunks_exact(TILE).enumerate() {
         let (group, in_group) = (c / layout.group_len(), c % layout.group_len());
         let at = group * group_bytes + layout.scale_bytes(width) + in_group * column_bytes;
         let to = &mut bytes[at..][..column_bytes];
-        // The codes of four outputs at a time: their bytes lie together in every place.
-        for (i, four) in column[..here].as_chunks::<4>().0.iter().enumerate() {
-            let four = match layout.codes() {
-                Codes::Table => four.map(|q| indices[usize::from(q)]),
-                _ => *four,
-            };
-            let [(low, shift), (high, bit)] =
-                ColumnLayout::place(layout.codes(), width, low_bytes, tile * TILE + 4 * i);
-            let mut add = |at: usize, v: u32| {
-                let place: &mut [u8; 4] = to[at..].first_chunk_mut().expect("four bytes");
-                *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
-            };
-            let codes = u32::from_le_bytes(four);
-            match layout.codes() {
+        let mut add = |at: usize, v: u32| {
+            let place: &mut [u8; 4] = to[at..].first_chunk_mut().expect("four bytes");
+            *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
+        };
+        for (four, &[(low, shift), (high, bit)]) in column.as_chunks::<4>().0.iter().zip(&places) {
+            let codes = u32::from_le_bytes(*four);
+            match kind {
                 Codes::Bytes => add(low, codes),
-                Codes::Nibbles { high: 1.. } => {
+                Codes::Table => add(low, u32::from_le_bytes(four.map(|q| indices[usize::from(q)])) << shift),
+                Codes::Nibbles { high: 0 } => add(low, codes << shift),
+                Codes::Nibbles { .. } => {
                     add(low, (codes & 0x0f0f_0f0f) << shift);
                     add(high, (codes >> 4 & 0x0f0f_0f0f) << bit);
                 }
-                _ => add(low, codes << shift),
             }
         }
     }

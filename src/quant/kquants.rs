@@ -7,9 +7,49 @@ use super::legacy::{inverse, signed_max};
 /// Weights of a super-block.
 const LEN: usize = 256;
 
-/// Two bits a weight, in the order of [`BlockQ2K::qs`].
-fn two_bits(qs: &[u8; 64], i: usize) -> u8 {
-    qs[32 * (i / 128) + i % 32] >> (2 * (i / 32 % 4)) & 3
+/// Weights that lie side by side in every field: the same bits of as many bytes.
+const RUN: usize = 32;
+
+/// A field of a run: some bits of each byte.
+#[derive(Clone, Copy)]
+struct Bits<'b> {
+    bytes: &'b [u8],
+    shift: usize,
+    mask: u8,
+}
+
+impl<'b> Bits<'b> {
+    /// `bits` of the bytes from `first` on, from bit `shift` on.
+    fn at(bytes: &'b [u8], first: usize, shift: usize, bits: u32) -> Self {
+        Self { bytes: &bytes[first..][..RUN], shift, mask: (1 << bits) - 1 }
+    }
+
+    fn of(self, byte: u8) -> u8 {
+        byte >> self.shift & self.mask
+    }
+}
+
+/// Codes of a super-block, run by run; none, if there is no room for any.
+fn write_runs<'b>(q: &mut [u8], of: impl Fn(usize) -> Bits<'b>) {
+    for (r, q) in q.chunks_exact_mut(RUN).enumerate() {
+        let low = of(r);
+        q.iter_mut().zip(low.bytes).for_each(|(q, byte)| *q = low.of(*byte));
+    }
+}
+
+/// The same of codes in two fields, the second one above the first `bits`.
+fn write_joined_runs<'b>(q: &mut [u8], bits: usize, of: impl Fn(usize) -> [Bits<'b>; 2]) {
+    for (r, q) in q.chunks_exact_mut(RUN).enumerate() {
+        let [low, high] = of(r);
+        for ((q, l), h) in q.iter_mut().zip(low.bytes).zip(high.bytes) {
+            *q = low.of(*l) | high.of(*h) << bits;
+        }
+    }
+}
+
+/// Two bits a weight of run `r`, in the order of [`BlockQ2K::qs`].
+fn two_bits(qs: &[u8; 64], r: usize) -> Bits<'_> {
+    Bits::at(qs, RUN * (r / 4), 2 * (r % 4), 2)
 }
 
 fn pack_two_bits(q: &[u8; LEN]) -> [u8; 64] {
@@ -18,18 +58,18 @@ fn pack_two_bits(q: &[u8; LEN]) -> [u8; 64] {
     })
 }
 
-/// One bit a weight, in the order of [`BlockQ3K::hmask`] and [`BlockQ5K::qh`].
-fn one_bit(bits: &[u8; 32], i: usize) -> u8 {
-    bits[i % 32] >> (i / 32) & 1
+/// One bit a weight of run `r`, in the order of [`BlockQ3K::hmask`] and [`BlockQ5K::qh`].
+fn one_bit(bits: &[u8; 32], r: usize) -> Bits<'_> {
+    Bits::at(bits, 0, r, 1)
 }
 
 fn pack_one_bit(q: &[u8; LEN], shift: u32) -> [u8; 32] {
     std::array::from_fn(|b| (0..8).fold(0, |byte, g| byte | (q[32 * g + b] >> shift & 1) << g))
 }
 
-/// Four bits a weight, in the order of [`BlockQ4K::qs`].
-fn four_bits(qs: &[u8; 128], i: usize) -> u8 {
-    qs[32 * (i / 64) + i % 32] >> (4 * (i / 32 % 2)) & 15
+/// Four bits a weight of run `r`, in the order of [`BlockQ4K::qs`].
+fn four_bits(qs: &[u8; 128], r: usize) -> Bits<'_> {
+    Bits::at(qs, RUN * (r / 2), 4 * (r % 2), 4)
 }
 
 fn pack_four_bits(q: &[u8; LEN]) -> [u8; 128] {
@@ -76,9 +116,7 @@ pub(super) fn unpack_q2_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &m
         scale[g] = d * f32::from(s & 15);
         min[g] = -(dmin * f32::from(s >> 4));
     }
-    for (i, q) in q.iter_mut().enumerate() {
-        *q = two_bits(&b.qs, i);
-    }
+    write_runs(q, |r| two_bits(&b.qs, r));
 }
 
 pub(super) fn unpack_q3_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], _min: &mut [f32]) {
@@ -87,9 +125,7 @@ pub(super) fn unpack_q3_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], _min: &
     for (g, s) in scale.iter_mut().enumerate() {
         *s = d * (f32::from(scale_q3(&b.scales, g)) - 32.0);
     }
-    for (i, q) in q.iter_mut().enumerate() {
-        *q = two_bits(&b.qs, i) | one_bit(&b.hmask, i) << 2;
-    }
+    write_joined_runs(q, 2, |r| [two_bits(&b.qs, r), one_bit(&b.hmask, r)]);
 }
 
 /// Scales and mins of Q4_K and Q5_K.
@@ -105,17 +141,13 @@ fn unpack_scale_min(d: [u8; 2], dmin: [u8; 2], scales: &[u8; 12], scale: &mut [f
 pub(super) fn unpack_q4_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]) {
     let b = BlockQ4K::parse(bytes);
     unpack_scale_min(b.d, b.dmin, &b.scales, scale, min);
-    for (i, q) in q.iter_mut().enumerate() {
-        *q = four_bits(&b.qs, i);
-    }
+    write_runs(q, |r| four_bits(&b.qs, r));
 }
 
 pub(super) fn unpack_q5_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]) {
     let b = BlockQ5K::parse(bytes);
     unpack_scale_min(b.d, b.dmin, &b.scales, scale, min);
-    for (i, q) in q.iter_mut().enumerate() {
-        *q = four_bits(&b.qs, i) | one_bit(&b.qh, i) << 4;
-    }
+    write_joined_runs(q, 4, |r| [four_bits(&b.qs, r), one_bit(&b.qh, r)]);
 }
 
 pub(super) fn unpack_q6_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], _min: &mut [f32]) {
@@ -124,11 +156,10 @@ pub(super) fn unpack_q6_k(bytes: &[u8], q: &mut [u8], scale: &mut [f32], _min: &
     for (scale, s) in scale.iter_mut().zip(b.scales) {
         *scale = d * f32::from(s as i8);
     }
-    for (i, q) in q.iter_mut().enumerate() {
-        let (half, j) = (i / 128, i / 32 % 4);
-        let low = b.ql[64 * half + 32 * (j % 2) + i % 32] >> (4 * (j / 2)) & 15;
-        *q = low | two_bits(&b.qh, i) << 4;
-    }
+    write_joined_runs(q, 4, |r| {
+        let (half, j) = (r / 4, r % 4);
+        [Bits::at(&b.ql, 64 * half + RUN * (j % 2), 4 * (j / 2), 4), two_bits(&b.qh, r)]
+    });
 }
 
 /// A super-block of groups with minimum, before it is packed: `x ~ d * scale * q - dmin * min`.

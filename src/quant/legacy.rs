@@ -9,9 +9,9 @@ use super::fit::{self, nearest};
 /// Weights of a block.
 const LEN: usize = 32;
 
-/// Spreads 16 bytes of nibbles of halves over 32 values.
+/// Spreads 16 bytes of nibbles of halves over 32 values, if there is room for any.
 pub(super) fn unpack_nibbles(qs: &[u8], q: &mut [u8]) {
-    let (low, high) = q.split_at_mut(LEN / 2);
+    let (low, high) = q.split_at_mut(q.len() / 2);
     for ((byte, low), high) in qs.iter().zip(low).zip(high) {
         *low = byte & 15;
         *high = byte >> 4;

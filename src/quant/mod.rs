@@ -73,7 +73,8 @@ pub const fn has_min(ty: GgmlType) -> bool {
     matches!(ty, Q4_1 | Q5_1 | Q2_K | Q4_K | Q5_K)
 }
 
-/// Unpacks one block into the common form. The slices are exactly as long as the block needs.
+/// Unpacks one block into the common form. The slices are exactly as long as the block needs, or `q` is empty: then codes are left
+/// out.
 type UnpackBlock = fn(bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]);
 
 fn unpack_block(ty: GgmlType) -> UnpackBlock {
@@ -102,19 +103,37 @@ fn unpack_block(ty: GgmlType) -> UnpackBlock {
 /// If `ty` is a float type, or the lengths do not belong together: `bytes` to `q.len()` weights,
 /// `scale` (and `min`) to `q.len() / group_len(ty)` groups.
 pub fn unpack_row(ty: GgmlType, bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]) {
-    let unpack = unpack_block(ty);
     assert_row(ty, bytes.len(), q.len());
-    let groups = q.len() / group_len(ty);
-    assert_eq!(scale.len(), groups, "{ty}: scales of {} weights", q.len());
+    let mut blocks = q.chunks_exact_mut(ty.block_len());
+    unpack_blocks(ty, bytes, || blocks.next().unwrap_or_default(), scale, min);
+}
+
+/// The scales and minima of [`unpack_row`] alone.
+///
+/// # Panics
+/// As `unpack_row`.
+pub fn unpack_scales(ty: GgmlType, bytes: &[u8], scale: &mut [f32], min: &mut [f32]) {
+    unpack_blocks(ty, bytes, || &mut [], scale, min);
+}
+
+/// Unpacks blocks, the codes of each to what `q` gives next.
+fn unpack_blocks<'q>(
+    ty: GgmlType,
+    bytes: &[u8],
+    mut q: impl FnMut() -> &'q mut [u8],
+    scale: &mut [f32],
+    min: &mut [f32],
+) {
+    let unpack = unpack_block(ty);
+    let (blocks, per_block) = (bytes.chunks_exact(ty.block_bytes()), ty.block_len() / group_len(ty));
+    assert_eq!(scale.len(), blocks.len() * per_block, "{ty}: scales of {} blocks", blocks.len());
     if has_min(ty) {
-        assert_eq!(min.len(), groups, "{ty}: mins of {} weights", q.len());
+        assert_eq!(min.len(), scale.len(), "{ty}: mins of {} blocks", blocks.len());
     }
-    let per_block = ty.block_len() / group_len(ty);
-    let blocks = bytes.chunks_exact(ty.block_bytes()).zip(q.chunks_exact_mut(ty.block_len()));
-    for (i, (block, q)) in blocks.enumerate() {
+    for (i, block) in blocks.enumerate() {
         let g = i * per_block..(i + 1) * per_block;
         let min = if has_min(ty) { &mut min[g.clone()] } else { &mut [] };
-        unpack(block, q, &mut scale[g], min);
+        unpack(block, q(), &mut scale[g], min);
     }
 }
 
