@@ -325,36 +325,33 @@ impl SkipArgs {
             announce(model, &options);
             return Ok(options);
         }
-        let mut timed = Vec::new();
+        let mut settings = Vec::new();
         for point in &candidates {
             note(&format!("skip auto: {}", measured(point)));
             let asked = options.at(point).map_err(Failure::usage)?;
             prepare(model, on, &asked)?;
-            timed.push((Trial::of(model, on, &asked)?, asked, point));
+            settings.push(asked);
         }
-        timed.sort_by(|a, b| a.0.share.total_cmp(&b.0.share));
-        let Some(fastest) = timed.first().map(|timed| timed.0.share) else { return Ok(options) };
-        let as_fast = timed.iter().filter(|timed| timed.0.share <= AS_FAST * fastest);
-        let chosen = as_fast.min_by(|a, b| a.2.kl.total_cmp(&b.2.kl));
-        let Some((trial, asked, point)) = chosen else { return Ok(options) };
-        let ms = 1e3 * trial.full;
-        if trial.pays() {
-            model.trim_skip(on, asked)?;
-            let (policy, gain) = (&point.policy, trial.gain());
+        let trials = Trial::of_each(model, on, &settings)?;
+        let ms = trials.first().map_or(0.0, |trial| 1e3 * trial.full);
+        if let Some(i) = cheapest(&trials, &candidates) {
+            model.trim_skip(on, &settings[i])?;
+            let (policy, gain) = (&candidates[i].policy, trials[i].gain());
             note(&format!(
                 "skip auto: {policy}, {gain:.0} % faster here than the {ms:.1} ms of a token in full"
             ));
-            return Ok(asked.clone());
+            return Ok(settings.swap_remove(i));
         }
         model.drop_cuts();
         model.drop_shortlist();
+        let tried = candidates.iter().zip(&trials);
         let tried: Vec<String> =
-            timed.iter().map(|(trial, _, p)| format!("{} {:+.0} %", p.policy, trial.gain())).collect();
+            tried.map(|(p, trial)| format!("{} {:+.0} %", p.policy, trial.gain())).collect();
         note(&format!(
             "skip auto: no faster here ({}) than the {ms:.1} ms of a token in full, so tokens run in full; \
              --skip {} skips all the same",
             tried.join(", "),
-            setting(point, " --skip-ratio")
+            setting(&candidates[0], " --skip-ratio")
         ));
         Ok(options.off())
     }
@@ -477,6 +474,13 @@ fn announce(model: &Model, options: &SkipOptions) {
         Some(point) => note(&format!("skip auto: {}", measured(point))),
         None => note("skip auto: the calibration has no setting that is good enough; running in full"),
     }
+}
+
+/// Of the settings that pay and are about as fast as the fastest, the one that costs least.
+fn cheapest(trials: &[Trial], points: &[Point]) -> Option<usize> {
+    let fastest = trials.iter().map(|trial| trial.share).min_by(f64::total_cmp)?;
+    let as_fast = |i: &usize| trials[*i].pays() && trials[*i].share <= AS_FAST * fastest;
+    (0..trials.len()).filter(as_fast).min_by(|&a, &b| points[a].kl.total_cmp(&points[b].kl))
 }
 
 /// A setting and how good it was found to be.
@@ -736,6 +740,21 @@ impl SamplingArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A few per cent of time are not worth a worse text, and what is slower than the full model is nothing at all.
+    #[test]
+    fn auto_takes_the_best_of_the_fastest() {
+        let choice = |settings: &[(f64, f32)]| {
+            let trials = settings.iter().map(|&(share, _)| Trial { full: 0.01, share });
+            let points = settings.iter().map(|&(_, kl)| Point { kl, ..Point::default() });
+            cheapest(&trials.collect::<Vec<_>>(), &points.collect::<Vec<_>>())
+        };
+        assert_eq!(choice(&[(0.86, 0.03), (0.89, 0.001), (0.88, 0.02)]), Some(1));
+        assert_eq!(choice(&[(0.80, 0.03), (0.89, 0.001), (0.81, 0.02)]), Some(2));
+        assert_eq!(choice(&[(0.97, 0.03), (1.0, 0.001)]), Some(0));
+        assert_eq!(choice(&[(1.2, 0.03), (1.0, 0.001)]), None);
+        assert_eq!(choice(&[]), None);
+    }
 
     #[test]
     fn biases_in_both_notations() {

@@ -9,10 +9,10 @@ use crate::model::{FfnStep, KvType, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{Never, SkipOptions, SkipPolicy};
 
-/// Tokens that are timed: at least these, and no more once the time is up, or after the most.
-const LEAST: usize = 5;
-const MOST: usize = 25;
-const TIME: Duration = Duration::from_millis(500);
+/// Turns that are timed: at least these, and no more once the time is up, or after the most.
+const LEAST: usize = 7;
+const MOST: usize = 35;
+const TIME: Duration = Duration::from_millis(1000);
 /// Share of the time of a full token from which on skipping is said to pay: less is within the noise.
 const PAYS: f64 = 0.99;
 /// The first token; what follows is what the model says. In most vocabularies this one begins a text.
@@ -28,37 +28,47 @@ pub struct Trial {
 }
 
 impl Trial {
-    /// Times tokens of `model`, which is prepared for `options` and skips from the first token on.
+    /// Times tokens of `model`, which is prepared for each of `candidates`, in full and with each candidate, which skips from the
+    /// first token on, all in turn: what else the machine does slows all of them.
     ///
     /// # Errors
     /// The options do not fit the model.
-    pub fn of(model: &Model, on: Compute<'_>, options: &SkipOptions) -> Result<Self, ModelError> {
-        let skips = model.policy(&SkipOptions { warm_up: Some(0), ..options.clone() })?;
-        let turns = MOST + 1;
-        let mut state = State::new(model, on.team, (turns, 1), KvType::F16, skips.boxed_clone());
-        let (mut token, mut full, mut shares) = (FIRST.min(model.config().vocab as u32 - 1), vec![], vec![]);
+    pub fn of_each(
+        model: &Model,
+        on: Compute<'_>,
+        candidates: &[SkipOptions],
+    ) -> Result<Vec<Self>, ModelError> {
+        let from_the_first = |options: &SkipOptions| SkipOptions { warm_up: Some(0), ..options.clone() };
+        let mut policies: Vec<Box<dyn SkipPolicy>> = vec![Box::new(Never)];
+        for options in candidates {
+            policies.push(model.policy(&from_the_first(options))?);
+        }
+        let (turns, n) = (MOST + 1, policies.len());
+        let mut state = State::new(model, on.team, (turns, 1), KvType::F16, Box::new(Never));
+        let mut token = FIRST.min(model.config().vocab as u32 - 1);
+        let (mut full, mut shares) = (vec![], vec![vec![]; n]);
         let started = Instant::now();
         for turn in 0..turns {
-            let mut step = |policy: &dyn SkipPolicy| seconds(model, on, &mut state, (token, turn), policy);
-            // Either comes first as often.
-            let (in_full, skipping) = if turn.is_multiple_of(2) {
-                let skipping = step(&*skips)?.0;
-                (step(&Never)?, skipping)
-            } else {
-                let in_full = step(&Never)?;
-                (in_full, step(&*skips)?.0)
-            };
-            token = in_full.1;
+            let mut times = vec![0.0; n];
+            let mut next = token;
+            // Each comes first as often.
+            for i in (0..n).map(|i| (i + turn) % n) {
+                let likeliest;
+                (times[i], likeliest) = seconds(model, on, &mut state, (token, turn), &*policies[i])?;
+                next = if i == 0 { likeliest } else { next };
+            }
+            token = next;
             // The first turn brings memory in.
             if turn > 0 {
-                full.push(in_full.0);
-                shares.push(skipping / in_full.0);
+                full.push(times[0]);
+                shares.iter_mut().zip(&times).for_each(|(shares, time)| shares.push(time / times[0]));
             }
             if turn >= LEAST && started.elapsed() > TIME {
                 break;
             }
         }
-        Ok(Self { full: median(full), share: median(shares) })
+        let full = median(full);
+        Ok(shares.into_iter().skip(1).map(|shares| Self { full, share: median(shares) }).collect())
     }
 
     /// By how much skipping is faster, in per cent.

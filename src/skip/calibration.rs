@@ -108,7 +108,8 @@ pub struct Point {
 impl Point {
     /// Whether `--skip auto` may take it: mean KL divergence of 0.04 nats and 1.03 times the perplexity at most.
     pub fn is_good(&self) -> bool {
-        self.kl <= AUTO_KL && self.perplexity <= AUTO_PERPLEXITY && (self.bytes > 0.0 || self.choice().output)
+        let skips = self.choice().skips() && (self.bytes > 0.0 || self.choice().output);
+        skips && self.kl <= AUTO_KL && self.perplexity <= AUTO_PERPLEXITY
     }
 
     /// What its policy is; nothing, where it has a name that this program does not know.
