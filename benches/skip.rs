@@ -1,6 +1,7 @@
 //! What leaving FFN weights unread gains, whatever it costs in quality, beside the gain that the unread bytes would
 //! give if reading were all: decoding with a forced share of the FFN blocks skipped, or stood in for, with a forced share
-//! of inputs and neurons cut by columns, both together, and of neurons by rows of up and columns of down.
+//! of inputs and neurons cut by columns, both together, and of neurons by rows of up and columns of down; and with most of the output
+//! matrix left unread.
 //!
 //! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
 
@@ -16,7 +17,9 @@ use common::{best, decode, distance, ids, prompt, state};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use skiff::model::{ColumnForms, FfnRows, Matrices, Model, Probe, State};
 use skiff::ops::{Compute, Inputs};
-use skiff::skip::{Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipPolicy, StandIn};
+use skiff::skip::{
+    Cut, CutPlan, Decision, FfnSkip, LayerCut, Never, OutputCalibration, Shortlisting, SkipPolicy, StandIn,
+};
 use skiff::threads::{Team, default_threads};
 
 /// Tokens of a turn: with four layers, 10 % of their FFNs is a whole number.
@@ -84,6 +87,18 @@ fn stand_ins(model: &Model) -> Vec<StandIn> {
     let wave = |n: usize, size: f32| (0..n).map(|i| size * (i as f32).sin()).collect::<Vec<f32>>();
     let one = StandIn::new(&wave(d, 1.0), 0.0, &wave(d, 1e-2), &wave(rank * d, 1e-2), &wave(d * rank, 1e-2));
     vec![one; config.layers]
+}
+
+/// The output matrix shortlisted, all FFNs in full.
+fn shortlisting() -> Box<dyn SkipPolicy> {
+    Box::new(Shortlisting { name: "output", ffns: Box::new(Never) })
+}
+
+/// No centre, and the first axes for directions: as much to compute as with what calibration finds.
+fn output_inputs(embedding: usize) -> OutputCalibration {
+    let axis = |i: usize| (0..embedding).map(move |j| f32::from(u8::from(i == j)));
+    let directions = (0..OutputCalibration::DIRECTIONS).flat_map(axis).collect();
+    OutputCalibration { centre: vec![0.0; embedding], directions }
 }
 
 /// Cuts every layer by thresholds of its own, but where another policy has stand-ins.
@@ -258,6 +273,10 @@ fn check(model: &Model, on: Compute<'_>, tokens: &[u32], magnitudes: &Magnitudes
     let stood_in = (TOKENS * layers * MIXED.0 / 100) as f64 / (TOKENS * layers) as f64;
     let want = stood_in + (1.0 - stood_in) * f64::from(MIXED.1);
     assert!(blocks == stood_in && (bytes - want).abs() < 0.12, "{want} was to be left out, {bytes} was");
+    let listed = run(shortlisting()).0;
+    let largest = |logits: &[f32]| logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    assert_eq!(largest(&listed), largest(&full), "the largest logit is exact");
+    assert_eq!(listed != full, model.has_shortlist(), "others are not");
     let columns = CUTS.map(|share| (share, magnitudes.cut(layers, share)));
     let neurons = NEURONS.map(|share| (share, magnitudes.neurons(layers, share)));
     for (share, policy) in columns.into_iter().chain(neurons) {
@@ -285,6 +304,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let started = Instant::now();
     model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
     model.prepare_stand_ins(stand_ins(model)).unwrap();
+    model.prepare_shortlist(on, output_inputs(model.config().embedding)).unwrap();
     let (seconds, bytes) = (started.elapsed().as_secs_f64(), model.column_bytes() as f64);
     println!("{name}: {:.2} GB by columns, made in {seconds:.1} s", bytes / 1e9);
     let model = &*model;
@@ -303,6 +323,9 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let (percent, share) = MIXED;
     let both = format!("{percent} % stood in for, {:.0} % cut", 100.0 * share);
     all.push(variant(both, magnitudes.mixed(layers)));
+    if model.has_shortlist() {
+        all.push(variant("output matrix shortlisted".into(), shortlisting()));
+    }
     let mut group = common::group(criterion, name);
     group.throughput(Throughput::Elements(TOKENS as u64));
     for Variant { name, state } in &mut all {
@@ -337,7 +360,8 @@ fn compare(name: &str, model: &Model, on: Compute<'_>, tokens: &[u32], variants:
     println!("                             unread  tokens/s  median  gain   (median)  ideal  time saved");
     for (variant, sorted) in variants.iter().zip(&times) {
         let (share, best, median) = (variant.share(model), sorted[0], sorted[rounds / 2]);
-        let ideal = all / (all - model.ffn_bytes() as f64 * share);
+        let output = variant.state.stats().output_unread_by_token();
+        let ideal = all / (all - model.ffn_bytes() as f64 * share - output);
         let (gain, median_gain) = (times[0][0] / best, times[0][rounds / 2] / median);
         let saved = (1.0 - 1.0 / gain) / (1.0 - 1.0 / ideal);
         println!(
