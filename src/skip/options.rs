@@ -87,8 +87,10 @@ pub enum SkipError {
     Ratio { found: f32 },
     #[error("--skip-ratio {found}: {mode} reaches {most:.3} at most with this model and these cold regions")]
     RatioTooHigh { found: f32, mode: &'static str, most: f32 },
-    #[error("--skip {mode} has no {flag}")]
+    #[error("--skip {mode} has no {flag}: its strength is set with --skip-ratio")]
     Unused { mode: &'static str, flag: &'static str },
+    #[error("--skip {mode} has no --skip-ratio: {why}")]
+    NoRatio { mode: &'static str, why: &'static str },
     #[error("--skip-ratio sets the threshold: give one of the two")]
     RatioAndThreshold,
     #[error("--skip-ratio is calibrated for --skip-k 1; with {found}, give --skip-threshold")]
@@ -290,7 +292,7 @@ impl SkipOptions {
 
     /// The strength at which a curve of the calibration gives the ratio.
     fn strength(&self, curve: Option<&Curve>) -> Result<f32, SkipError> {
-        let none = SkipError::Uncalibrated { mode: self.mode.name() };
+        let none = SkipError::Uncalibrated { mode: self.choice().name() };
         let curve = curve.filter(|curve| !curve.ratios.is_empty()).ok_or(none)?;
         let ratio = self.needed_ratio()?;
         curve.strength(ratio).ok_or_else(|| self.too_high(ratio, curve.most()))
@@ -337,8 +339,13 @@ impl SkipOptions {
         if let Some((start, end)) = self.cold.filter(|&(start, end)| start > end || end > layers) {
             return Err(SkipError::Cold { start, end, layers });
         }
-        if (self.mode == SkipMode::Auto || self.choice() == SkipChoice::OUTPUT) && self.ratio.is_some() {
-            return Err(SkipError::Unused { mode, flag: "--skip-ratio" });
+        let no_ratio = match self.choice() {
+            SkipChoice { mode: SkipMode::Auto, .. } => Some("calibration has found one"),
+            SkipChoice::OUTPUT => Some("what it leaves unread is always as much"),
+            _ => None,
+        };
+        if let Some(why) = no_ratio.filter(|_| self.ratio.is_some()) {
+            return Err(SkipError::NoRatio { mode, why });
         }
         if !matches!(self.mode, SkipMode::FfnSkip | SkipMode::Off) {
             let given = [("--skip-threshold", self.threshold.is_some()), ("--skip-k", self.k.is_some())];
@@ -369,15 +376,15 @@ impl SkipOptions {
 
     fn calibrated<'c>(&self, calibration: Option<&'c Calibration>) -> Result<&'c Calibration, SkipError> {
         let with = if self.mode.needs_calibration() { "" } else { " with --skip-ratio" };
-        calibration.ok_or(SkipError::NeedsCalibration { mode: self.mode.name(), with })
+        calibration.ok_or(SkipError::NeedsCalibration { mode: self.choice().name(), with })
     }
 
     fn needed_ratio(&self) -> Result<f32, SkipError> {
-        self.ratio.ok_or(SkipError::NeedsRatio { mode: self.mode.name() })
+        self.ratio.ok_or(SkipError::NeedsRatio { mode: self.choice().name() })
     }
 
     fn too_high(&self, found: f32, most: f32) -> SkipError {
-        SkipError::RatioTooHigh { found, mode: self.mode.name(), most }
+        SkipError::RatioTooHigh { found, mode: self.choice().name(), most }
     }
 
     /// As many of `order` as come closest to the ratio, of `layers`.
@@ -414,6 +421,17 @@ mod tests {
         assert_eq!(with(Random, |o| o.ratio = Some(0.2)), Ok("random"));
         assert_eq!(with(Random, |o| o.ratio = Some(1.2)), Err(SkipError::Ratio { found: 1.2 }));
         assert!(matches!(with(Random, |o| o.ratio = Some(0.95)), Err(SkipError::RatioTooHigh { .. })));
+        let of = |choice: SkipChoice| SkipOptions {
+            mode: choice.mode,
+            output: choice.output,
+            ..Default::default()
+        };
+        let beside = of(SkipChoice { mode: Cut, output: true });
+        let error =
+            beside.policy(&FACTS, Some(&Calibration { output: Some(Default::default()), ..calibration() }));
+        assert_eq!(error.err().unwrap().to_string().split(':').next(), Some("--skip cut+output"));
+        let ratio = SkipOptions { ratio: Some(0.2), ..of(SkipChoice::OUTPUT) };
+        assert!(matches!(ratio.policy(&FACTS, None), Err(SkipError::NoRatio { mode: "output", .. })));
         let unused = SkipError::Unused { mode: "skipdecode", flag: "--skip-k" };
         let k = |o: &mut SkipOptions| (o.ratio, o.k) = (Some(0.2), Some(2));
         assert_eq!(with(SkipDecode, k), Err(unused));
