@@ -445,6 +445,41 @@ fn a_calibration_is_learnt_from_texts_and_found_again() {
     assert!(error.contains("0.99") && error.contains("at most"), "{error}");
 }
 
+/// What `output` needs is learnt alone, in one pass; then nothing else is known, and says so.
+#[test]
+fn the_output_matrix_is_calibrated_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| as_str(&dir.path().join(name)).to_owned();
+    let text: String = (0..1600).map(|i| char::from(b'a' + (i * 3 + i * i / 7) as u8 % 26)).collect();
+    std::fs::write(at("text.txt"), text).unwrap();
+    for (name, ty) in [("large.gguf", GgmlType::Q8_0), ("small.gguf", GgmlType::Q4_0)] {
+        let mut file = ModelFile::llama(WIDE, ty);
+        file.set_vocabulary();
+        file.write(dir.path().join(name).as_path());
+    }
+    let calibrate = |model: &str| {
+        let sizes = ["--windows", "2", "--quality-windows", "1", "-q", "--json"];
+        let file = at("text.txt");
+        skiff(&[&["calibrate", "-m", &at(model), "-f", &file, "--only-output"][..], &sizes].concat())
+    };
+    let error = calibrate("small.gguf").error(1);
+    assert!(error.contains("text.txt: the output matrix"), "{error}");
+    let found: Value = serde_json::from_str(&calibrate("large.gguf").ok()).unwrap();
+    let points = found["points"].as_array().unwrap();
+    assert!(points.len() == 1 && points[0]["policy"] == "output", "{points:?}");
+    assert_eq!(found["auto"], points[0]);
+
+    let run = |skip: &[&str]| {
+        skiff(
+            &[&["run", "-m", &at("large.gguf"), "--raw", "-n", "3", "--stats-json"], skip, &["ab"]].concat(),
+        )
+    };
+    let outcome = run(&["--skip", "output"]);
+    assert!(outcome.code == Some(0) && outcome.stderr.contains(r#""skip":"output""#), "{outcome:?}");
+    let error = run(&["--skip", "cut+output", "--skip-ratio", "0.2"]).error(2);
+    assert!(error.contains("--skip cut+output: the calibration file has nothing on it"), "{error}");
+}
+
 #[cfg(unix)]
 #[test]
 fn a_reader_that_leaves_ends_it_quietly() {

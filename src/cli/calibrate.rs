@@ -12,7 +12,9 @@ use super::args::{EngineArgs, calibration_path, in_range};
 use super::generate::progress_bar;
 use super::interrupt::Listener;
 use super::{Failure, Outcome, note, put, read_text};
-use crate::eval::calibrate::{CalibrateError, CalibrateOptions, Stage, calibrate, complete};
+use crate::eval::calibrate::{
+    CalibrateError, CalibrateOptions, Stage, calibrate, calibrate_output, complete,
+};
 use crate::eval::plot::{Plot, Series, Style};
 use crate::skip::{Calibration, Point};
 use crate::tokenizer::EncodeOptions;
@@ -23,6 +25,7 @@ Examples:
   skiff calibrate -m model.gguf -f wiki.txt -o model.skip.gguf --plot profile.svg
   skiff calibrate -m model.gguf -f wiki.txt -f chats.txt --parse-special
   skiff calibrate -m model.gguf -f wiki.txt --complete model.skip.gguf
+  skiff calibrate -m model.gguf -f wiki.txt --only-output
   skiff run --skip auto \"Why is the sky blue?\"
 
 The first windows of the (first) text are held out: quality is measured on them, everything else learnt from the rest.
@@ -48,6 +51,9 @@ pub(super) struct CalibrateArgs {
     /// Complete this calibration of the model: learn only what it lacks, as one of an older version does, and keep the rest
     #[arg(long, value_name = "S.skip.gguf")]
     complete: Option<PathBuf>,
+    /// Learn about the output matrix alone, in a fraction of the time: for --skip output, and auto takes nothing else
+    #[arg(long, conflicts_with = "complete")]
+    only_output: bool,
     /// Held-out windows to measure quality on; 0: none, and nothing for --skip auto
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = in_range(0, 100_000))]
     quality_windows: usize,
@@ -94,6 +100,7 @@ pub(super) fn run(args: &CalibrateArgs) -> Outcome {
     };
     let found = match known {
         Some(known) => complete(model, on, known, &texts, &options, &mut progress),
+        None if args.only_output => calibrate_output(model, on, &texts, &options, &mut progress),
         None => calibrate(model, on, &texts, &options, &mut progress),
     };
     bar.finish_and_clear();
@@ -156,18 +163,22 @@ fn profile(found: &Calibration) -> Plot {
 
 fn table(found: &Calibration) -> String {
     let mut text = String::from("layer  cosine  influence  KL if skipped\n");
+    let measured = found.damage.iter().any(|&damage| damage > 0.0);
     for (layer, cosine) in found.cosines.iter().enumerate() {
         let cold = if (found.cold.0..found.cold.1).contains(&layer) { "" } else { "  cold" };
-        let (influence, damage) = (found.influence[layer], found.damage[layer]);
-        text.push_str(&format!("{layer:>5}  {cosine:>6.4}  {influence:>9.4}  {damage:>13.4}{cold}\n"));
+        let influence = found.influence[layer];
+        let damage = if measured { format!("{:.4}", found.damage[layer]) } else { "-".into() };
+        text.push_str(&format!("{layer:>5}  {cosine:>6.4}  {influence:>9.4}  {damage:>13}{cold}\n"));
     }
     if !found.points.is_empty() {
-        text.push_str("\npolicy      ratio  FFNs skipped  bytes unread  perplexity x      KL  same top 1\n");
+        text.push_str(
+            "\npolicy           ratio  FFNs skipped  bytes unread  perplexity x      KL  same top 1\n",
+        );
     }
     for (i, p) in found.points.iter().enumerate() {
         let auto = if found.auto == Some(i) { "  auto" } else { "" };
         text.push_str(&format!(
-            "{:<10}  {:>5.2}  {:>10.1} %  {:>10.1} %  {:>12.4}  {:>6.4}  {:>8.1} %{auto}\n",
+            "{:<15}  {:>5.2}  {:>10.1} %  {:>10.1} %  {:>12.4}  {:>6.4}  {:>8.1} %{auto}\n",
             p.policy,
             p.ratio,
             100.0 * p.blocks,

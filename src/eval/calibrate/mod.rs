@@ -86,6 +86,10 @@ pub enum CalibrateError {
     TooShort { text: usize, tokens: usize, needed: usize },
     #[error("the calibration to complete has nothing on cuts: make a new one")]
     NoCuts,
+    #[error(
+        "the output matrix is not quantised, or has so few bits that a copy in 4 bits is hardly smaller: --skip output cannot be"
+    )]
+    NoOutput,
     #[error("interrupted")]
     Interrupted,
 }
@@ -105,15 +109,8 @@ pub fn calibrate(
 ) -> Result<Calibration> {
     let (held_out, windows) = divided(texts, options)?;
     let (layers, targets, inputs) = gather(model, on, &windows, progress)?;
-    let mut found = Calibration {
-        model: model.weights().fingerprint(),
-        text: options.text.clone(),
-        tokens: (options.windows * CONTEXT) as u32,
-        cosines: layers.iter().map(|l| l.mean_cosine() as f32).collect(),
-        influence: layers.iter().map(LayerSums::influence).collect(),
-        output: inputs.learn(model, on)?,
-        ..Calibration::default()
-    };
+    let mut found = begun(model, &layers, options);
+    found.output = inputs.learn(model, on)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
     found.damage = damages(model, on, &trials.first(), progress)?;
     found.cold = cold_regions(&found.cosines, &found.damage);
@@ -123,6 +120,41 @@ pub fn calibrate(
     found.mixed = mixed::learn(model, on, &trials, &found, progress)?;
     found.points = points(model, on, &found, held_out, &POINTS, progress)?;
     with_output_points(model, on, found, held_out, progress)
+}
+
+/// What `output` needs, and the cosines that come with it: one pass over the windows, and one over those held out.
+///
+/// # Errors
+/// As [`calibrate`]; or the output matrix is none that could be left unread.
+pub fn calibrate_output(
+    model: &mut Model,
+    on: Compute<'_>,
+    texts: &[Vec<u32>],
+    options: &CalibrateOptions,
+    progress: Progress<'_>,
+) -> Result<Calibration> {
+    if model.shortlist_bytes().is_none() {
+        return Err(CalibrateError::NoOutput);
+    }
+    let (held_out, windows) = divided(texts, options)?;
+    let (layers, _, inputs) = gather(model, on, &windows, progress)?;
+    let mut found = begun(model, &layers, options);
+    found.damage = vec![0.0; layers.len()];
+    found.cold = cold_regions(&found.cosines, &found.damage);
+    found.output = inputs.learn(model, on)?;
+    with_output_points(model, on, found, held_out, progress)
+}
+
+/// What the activations tell at once.
+fn begun(model: &Model, layers: &[LayerSums], options: &CalibrateOptions) -> Calibration {
+    Calibration {
+        model: model.weights().fingerprint(),
+        text: options.text.clone(),
+        tokens: (options.windows * CONTEXT) as u32,
+        cosines: layers.iter().map(|l| l.mean_cosine() as f32).collect(),
+        influence: layers.iter().map(LayerSums::influence).collect(),
+        ..Calibration::default()
+    }
 }
 
 /// Measures the points that leave the output matrix unread, and chooses among all.
