@@ -43,10 +43,10 @@ impl Model {
     /// Logits of the rows `rows` of the last step into `out`, `[rows, vocab]`; of rows whose policy
     /// [shortlists](crate::skip::SkipPolicy::shortlists), those of unlikely tokens are estimates.
     pub fn logits_of_parts(&self, on: Compute<'_>, s: &mut Buffers, rows: Range<usize>, out: &mut [f32]) {
-        let Some(shortlist) = &self.shortlist else { return self.project(on, s, rows, out) };
         if let Some(buffers) = &mut s.shortlist {
             buffers.unread = (0, 0);
         }
+        let Some(shortlist) = &self.shortlist else { return self.project(on, s, rows, out) };
         let (mut from, mut out) = (rows.start, out);
         while from < rows.end {
             let listed = s.shortlists(from);

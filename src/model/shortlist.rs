@@ -21,8 +21,8 @@ use crate::skip::{OutputCalibration, SkipStats};
 const ROUGH: GgmlType = GgmlType::Q4_0;
 /// Columns beside those of the matrix.
 const DIRECTIONS: usize = OutputCalibration::DIRECTIONS;
-/// Logits that are exact are about as many, if there are as many groups of 16: the 40 that sampling looks at by default are among the 150 largest estimates
-/// (docs/skipping.md).
+/// Logits that are exact are about as many, if there are as many groups of 16: the 40 that sampling looks at by default were among
+/// the 80 largest estimates (docs/skipping.md).
 const EXACT: usize = 384;
 /// The copy must save a quarter of the matrix to be worth its memory.
 const WORTH: (usize, usize) = (3, 4);
