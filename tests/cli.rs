@@ -445,6 +445,32 @@ fn a_calibration_is_learnt_from_texts_and_found_again() {
     assert!(error.contains("0.99") && error.contains("at most"), "{error}");
 }
 
+/// What the file says about sampling holds where no flag does; what makes no sense is an error that names it.
+#[test]
+fn the_model_says_how_it_is_sampled() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = as_str(&dir.path().join("m.gguf")).to_owned();
+    let write = |key: &str, value: f32| {
+        let mut file = ModelFile::llama(WIDE, GgmlType::Q4_0);
+        file.set_vocabulary();
+        file.set_key(key, value);
+        file.write(dir.path().join("m.gguf").as_path());
+    };
+    let run =
+        |flags: &[&str]| skiff(&[&["run", "-m", &model, "--raw", "-n", "12", "-q"], flags, &["ab"]].concat());
+    write("general.sampling.temp", 0.0);
+    let greedy = run(&["--temp", "0"]).ok();
+    assert_eq!([run(&["--seed", "1"]).ok(), run(&["--seed", "2"]).ok()], [greedy.clone(), greedy.clone()]);
+    assert_ne!(
+        run(&["--seed", "1", "--temp", "9", "--top-k", "0", "--top-p", "1", "--min-p", "0"]).ok(),
+        greedy
+    );
+    write("general.sampling.top_p", 3.0);
+    let error = run(&[]).error(2);
+    assert!(error.contains("top_p") && error.contains('3'), "{error}");
+    run(&["--top-p", "0.5"]).ok();
+}
+
 /// What `output` needs is learnt alone, in one pass; then nothing else is known, and says so.
 #[test]
 fn the_output_matrix_is_calibrated_alone() {

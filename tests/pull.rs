@@ -414,6 +414,7 @@ fn pip_store(dir: &Path, content: &[u8], script: &str) -> Store {
             bytes: content.len() as u64,
             sha256: sha256(content),
             parts: vec![part("a"), part("b")],
+            sampling: Default::default(),
         }],
         pythons: vec![executable(dir, "python3", &format!("{preamble}{here}{script}")).into()],
         endpoint: None,

@@ -557,18 +557,18 @@ pub(super) fn pair(text: &str) -> Result<(usize, usize), String> {
 #[derive(Args)]
 #[command(next_help_heading = "Sampling", allow_negative_numbers = true)]
 pub(super) struct SamplingArgs {
-    /// Temperature; 0 always takes the most likely token
-    #[arg(long = "temp", alias = "temperature", value_name = "T", default_value_t = defaults().temperature)]
-    temperature: f32,
-    /// Keep the K most likely tokens; 0 keeps all
-    #[arg(long, value_name = "K", default_value_t = defaults().top_k)]
-    top_k: u32,
-    /// Keep the most likely tokens up to probability P; 1 keeps all
-    #[arg(long, value_name = "P", default_value_t = defaults().top_p)]
-    top_p: f32,
-    /// Keep tokens at least P times as likely as the best; 0 keeps all
-    #[arg(long, value_name = "P", default_value_t = defaults().min_p)]
-    min_p: f32,
+    /// Temperature; 0 always takes the most likely token [default: what the model's makers recommend, if that is known, else 0.8]
+    #[arg(long = "temp", alias = "temperature", value_name = "T")]
+    temperature: Option<f32>,
+    /// Keep the K most likely tokens; 0 keeps all [default: as recommended, else 40]
+    #[arg(long, value_name = "K")]
+    top_k: Option<u32>,
+    /// Keep the most likely tokens up to probability P; 1 keeps all [default: as recommended, else 0.95]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Keep tokens at least P times as likely as the best; 0 keeps all [default: as recommended, else 0.05]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
     /// Locally typical sampling; 1 keeps all
     #[arg(long = "typical", alias = "typical-p", value_name = "P", default_value_t = defaults().typical_p)]
     typical: f32,
@@ -622,6 +622,22 @@ fn defaults() -> SamplerOptions {
     SamplerOptions::default()
 }
 
+/// How the model's file, or else what is known of its makers, says that tokens are drawn (keys as llama.cpp's converter writes
+/// them), and llama.cpp's defaults for the rest.
+fn recommended(engine: &Engine) -> Result<SamplerOptions, Failure> {
+    let (file, defaults) = (engine.metadata(), defaults());
+    let known = pull::recommended(engine.model().weights().path());
+    let number = |key: &str| file.opt_f32(&format!("general.sampling.{key}"));
+    let top_k = file.opt_usize("general.sampling.top_k")?.and_then(|k| u32::try_from(k).ok());
+    Ok(SamplerOptions {
+        temperature: number("temp")?.or(known.temperature).unwrap_or(defaults.temperature),
+        top_k: top_k.or(known.top_k).unwrap_or(defaults.top_k),
+        top_p: number("top_p")?.or(known.top_p).unwrap_or(defaults.top_p),
+        min_p: number("min_p")?.unwrap_or(defaults.min_p),
+        ..defaults
+    })
+}
+
 /// A list of stages; clap would take a bare `Vec` for a repeatable flag.
 type Stages = Box<[Stage]>;
 
@@ -657,18 +673,22 @@ struct ConstraintArgs {
 }
 
 impl SamplingArgs {
-    /// The sampler's options, checked.
-    pub fn options(&self) -> Result<SamplerOptions, Failure> {
-        let defaults = defaults();
+    /// Refuses flags that make no sense.
+    pub fn check(&self) -> Outcome {
+        self.options(defaults()).map(drop)
+    }
+
+    /// The sampler's options, checked, with what no flag says from `defaults`.
+    fn options(&self, defaults: SamplerOptions) -> Result<SamplerOptions, Failure> {
         let breakers = match self.dry_sequence_breaker.is_empty() {
             true => defaults.dry_sequence_breakers,
             false => self.dry_sequence_breaker.clone(),
         };
         let options = SamplerOptions {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
+            temperature: self.temperature.unwrap_or(defaults.temperature),
+            top_k: self.top_k.unwrap_or(defaults.top_k),
+            top_p: self.top_p.unwrap_or(defaults.top_p),
+            min_p: self.min_p.unwrap_or(defaults.min_p),
             typical_p: self.typical,
             repeat_penalty: self.repeat_penalty,
             repeat_last_n: self.repeat_last_n,
@@ -689,7 +709,7 @@ impl SamplingArgs {
 
     /// A sampler for the engine's vocabulary, with `seed` in place of the flag's if there is one.
     pub fn sampler(&self, engine: &Engine, seed: Option<u64>) -> Result<Sampler, Failure> {
-        let mut options = self.options()?;
+        let mut options = self.options(recommended(engine)?)?;
         options.seed = seed.or(options.seed);
         let vocab = engine.tokenizer().vocab_size();
         if let Some((id, _)) = options.logit_bias.iter().find(|(id, _)| *id as usize >= vocab) {

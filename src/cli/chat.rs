@@ -67,7 +67,7 @@ pub(super) struct ChatArgs {
 }
 
 pub(super) fn run(args: &ChatArgs) -> Outcome {
-    args.sampling.options()?;
+    args.sampling.check()?;
     let mut engine = args.engine.load()?;
     let template = args.template.template(&engine)?.ok_or(ChatError::NoTemplate)?;
     let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;

@@ -65,7 +65,7 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn run(args: &RunArgs) -> Outcome {
-    args.sampling.options()?;
+    args.sampling.check()?;
     let prompt = args.prompt_text()?;
     let mut engine = args.engine.load()?;
     let options = args.context.options(&mut engine, args.engine.kv, &args.skip, &args.draft)?;

