@@ -53,9 +53,11 @@ impl Trial {
             let mut next = token;
             // Each comes first as often.
             for i in (0..n).map(|i| (i + turn) % n) {
-                let likeliest;
-                (times[i], likeliest) = seconds(model, on, &mut state, (token, turn), &*policies[i])?;
-                next = if i == 0 { likeliest } else { next };
+                let (time, likeliest) = seconds(model, on, &mut state, (token, turn), &*policies[i])?;
+                times[i] = time;
+                if i == 0 {
+                    next = likeliest;
+                }
             }
             token = next;
             // The first turn brings memory in.

@@ -108,9 +108,7 @@ pub fn calibrate(
     progress: Progress<'_>,
 ) -> Result<Calibration> {
     let (held_out, windows) = divided(texts, options)?;
-    let (layers, targets, inputs) = gather(model, on, &windows, progress)?;
-    let mut found = begun(model, &layers, options);
-    found.output = inputs.learn(model, on)?;
+    let (mut found, layers, targets) = begun(model, on, &windows, options, progress)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
     found.damage = damages(model, on, &trials.first(), progress)?;
     found.cold = cold_regions(&found.cosines, &found.damage);
@@ -137,34 +135,44 @@ pub fn calibrate_output(
         return Err(CalibrateError::NoOutput);
     }
     let (held_out, windows) = divided(texts, options)?;
-    let (layers, _, inputs) = gather(model, on, &windows, progress)?;
-    let mut found = begun(model, &layers, options);
+    let (mut found, layers, _) = begun(model, on, &windows, options, progress)?;
     found.damage = vec![0.0; layers.len()];
     found.cold = cold_regions(&found.cosines, &found.damage);
-    found.output = inputs.learn(model, on)?;
     with_output_points(model, on, found, held_out, progress)
 }
 
-/// What the activations tell at once.
-fn begun(model: &Model, layers: &[LayerSums], options: &CalibrateOptions) -> Calibration {
-    Calibration {
+/// What the activations tell at once, and what [`gather`] gives for the rest.
+fn begun(
+    model: &Model,
+    on: Compute<'_>,
+    windows: &[&[u32]],
+    options: &CalibrateOptions,
+    progress: Progress<'_>,
+) -> Result<(Calibration, Vec<LayerSums>, Vec<f32>)> {
+    let (layers, targets, inputs) = gather(model, on, windows, progress)?;
+    let found = Calibration {
         model: model.weights().fingerprint(),
         text: options.text.clone(),
         tokens: (options.windows * CONTEXT) as u32,
         cosines: layers.iter().map(|l| l.mean_cosine() as f32).collect(),
         influence: layers.iter().map(LayerSums::influence).collect(),
+        output: inputs.learn(model, on),
         ..Calibration::default()
-    }
+    };
+    Ok((found, layers, targets))
 }
 
 /// Measures the points that leave the output matrix unread, and chooses among all.
 fn with_output_points(
-    model: &Model,
+    model: &mut Model,
     on: Compute<'_>,
     mut found: Calibration,
     held_out: &[u32],
     progress: Progress<'_>,
 ) -> Result<Calibration> {
+    if let Some(output) = &found.output {
+        model.prepare_shortlist(on, output.clone())?;
+    }
     found.points.retain(|point| !point.choice().output);
     let measured = output_points(model, on, &found, held_out, progress)?;
     found.points.extend(measured);
@@ -200,7 +208,9 @@ pub fn complete(
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
     if lacks(SkipMode::Neurons) || lacks(SkipMode::StandIn) || lacks_output {
         let (layers, _, inputs) = gather(model, on, &windows, progress)?;
-        known.output = inputs.learn(model, on)?;
+        if lacks_output {
+            known.output = inputs.learn(model, on);
+        }
         if lacks(SkipMode::Neurons) {
             complete_cuts(model, on, &trials, &layers, cut, progress)?;
         }

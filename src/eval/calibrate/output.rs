@@ -1,6 +1,5 @@
 //! What the output matrix is multiplied with: its mean, and the directions in which it differs most from that.
 
-use super::Result;
 use super::linear::{cross, leading};
 use crate::model::Model;
 use crate::ops::Compute;
@@ -32,13 +31,8 @@ impl OutputInputs {
     }
 
     /// What they tell; nothing, where the model cannot make use of it.
-    pub fn learn(self, model: &mut Model, on: Compute<'_>) -> Result<Option<OutputCalibration>> {
-        if model.shortlist_bytes().is_none() {
-            return Ok(None);
-        }
-        let known = self.calibration(on).as_stored();
-        model.prepare_shortlist(on, known.clone())?;
-        Ok(Some(known))
+    pub fn learn(self, model: &Model, on: Compute<'_>) -> Option<OutputCalibration> {
+        model.shortlist_bytes().map(|_| self.calibration(on).as_stored())
     }
 
     fn calibration(mut self, on: Compute<'_>) -> OutputCalibration {
