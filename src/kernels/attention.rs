@@ -29,6 +29,8 @@ pub(super) const STEP: usize = 32;
 pub(super) const GROUPS: usize = POSITIONS / STEP;
 /// Queries, or rows, of a tile: those of a block are in two halves.
 pub(super) const HALF: usize = STEP / 2;
+/// Least worth of the numbers of a value in integers.
+pub(super) const LEAST_VALUE: f32 = 1e-20;
 /// The maximum of no scores: finite, because differences are formed.
 pub(super) const LOWEST: f32 = -1e30;
 
@@ -88,16 +90,31 @@ pub struct AttentionTiles {
     pub(super) scores: Vec<Square>,
     /// `[2][position / 32]`: of a block and of the one before.
     pub(super) weights: Vec<Operand>,
+    pub(super) scales: Scales,
+}
+
+/// What the numbers of integer operands are worth.
+#[derive(Default)]
+pub(super) struct Scales {
+    /// `[block][query]`
+    pub queries: Vec<[f32; STEP]>,
+    /// `[position / 32][position]`
+    pub keys: [[f32; STEP]; GROUPS],
+    /// `[position / 32][position]`
+    pub values: [[f32; STEP]; GROUPS],
 }
 
 /// The functions of a matrix unit; `unsafe` to call where the CPU has none.
 pub(super) struct Functions {
     /// Up to 32 rows of `dim` numbers to a step for each 32 of `dim`: a left operand.
-    pub pack_rows: unsafe fn(rows: &[f32], dim: usize, to: &mut [Operand]),
+    pub pack_rows: unsafe fn(rows: &[f32], dim: usize, to: &mut [Operand], scale: &mut [f32; STEP]),
     /// The same for a right one, times a factor.
-    pub pack_columns: unsafe fn(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand]),
-    /// Up to 32 rows to a left operand whose rows are the columns from `first` on.
-    pub pack_turned: unsafe fn(rows: &[f32], dim: usize, first: usize, to: &mut Operand),
+    pub pack_columns:
+        unsafe fn(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand], scale: &mut [f32; STEP]),
+    /// What the numbers of up to 32 rows of values are to be worth.
+    pub scale_values: unsafe fn(rows: &[f32], dim: usize, scale: &mut [f32; STEP]),
+    /// Up to 32 rows over these to a left operand whose rows are the columns from `first` on.
+    pub pack_turned: unsafe fn(rows: &[f32], dim: usize, first: usize, scale: &[f32; STEP], to: &mut Operand),
     /// All queries meet keys and values, those of positions from `first` on.
     pub attend: unsafe fn(first: usize, &mut AttentionTiles),
     /// A block's sums divided by those of the weights, `[row][dim]`.
@@ -131,6 +148,7 @@ impl AttentionTiles {
         operands(&mut self.values, GROUPS * steps);
         operands(&mut self.weights, 2 * GROUPS);
         self.scores.resize(2 * GROUPS, Square::ZERO);
+        self.scales.queries.resize(blocks, [0.0; STEP]);
         self.sums.clear();
         self.sums.resize(blocks * steps, Square::ZERO);
         self.running.clear();
@@ -161,10 +179,11 @@ impl Kernels {
         assert!(dim > 0 && !queries.is_empty() && queries.len().is_multiple_of(dim));
         tiles.reshape(queries.len() / dim, dim);
         let (rows, steps) = (tiles.rows, tiles.steps());
-        let blocks = queries.chunks(STEP * dim).zip(tiles.queries.chunks_exact_mut(steps));
-        for (i, (queries, to)) in blocks.enumerate() {
+        let blocks = tiles.queries.chunks_exact_mut(steps).zip(&mut tiles.scales.queries);
+        for (i, (queries, (to, scale))) in queries.chunks(STEP * dim).zip(blocks).enumerate() {
+            let pack = self.attention_functions().pack_columns;
             // SAFETY: the handle proves the ISA; `to` has the steps of up to 32 rows.
-            unsafe { (self.attention_functions().pack_columns)(queries, dim, std::f32::consts::LOG2_E, to) };
+            unsafe { pack(queries, dim, std::f32::consts::LOG2_E, to, scale) };
             // Queries that are not there see what the last one sees.
             let sees = |lane: usize| position((i * STEP + lane).min(rows - 1));
             let sees = |lane: usize| i32::try_from(sees(lane)).expect("a position has 31 bits");
@@ -181,9 +200,10 @@ impl Kernels {
         let (dim, steps) = (tiles.dim, tiles.steps());
         assert!(keys.len().is_multiple_of(dim) && keys.len() <= POSITIONS * dim);
         tiles.positions = keys.len() / dim;
-        for (keys, to) in keys.chunks(STEP * dim).zip(tiles.keys.chunks_exact_mut(steps)) {
+        let groups = tiles.keys.chunks_exact_mut(steps).zip(&mut tiles.scales.keys);
+        for (keys, (to, scale)) in keys.chunks(STEP * dim).zip(groups) {
             // SAFETY: the handle proves the ISA; `to` has the steps of up to 32 rows.
-            unsafe { (self.attention_functions().pack_rows)(keys, dim, to) };
+            unsafe { (self.attention_functions().pack_rows)(keys, dim, to, scale) };
         }
     }
 
@@ -194,10 +214,14 @@ impl Kernels {
     pub fn take_values(&self, values: &[f32], tiles: &mut AttentionTiles) {
         let dim = tiles.dim;
         assert!(values.len() == tiles.positions * dim);
+        let functions = self.attention_functions();
         for (group, values) in values.chunks(STEP * dim).enumerate() {
+            let scale = &mut tiles.scales.values[group];
+            // SAFETY: the handle proves the ISA; these are up to 32 rows.
+            unsafe { (functions.scale_values)(values, dim, scale) };
             for (step, to) in tiles.values.chunks_exact_mut(GROUPS).enumerate() {
-                // SAFETY: the handle proves the ISA; these are up to 32 rows.
-                unsafe { (self.attention_functions().pack_turned)(values, dim, step * STEP, &mut to[group]) };
+                // SAFETY: as above.
+                unsafe { (functions.pack_turned)(values, dim, step * STEP, scale, &mut to[group]) };
             }
         }
     }
@@ -229,7 +253,8 @@ impl Kernels {
 pub(super) mod reference {
     use super::*;
 
-    pub static FUNCTIONS: Functions = Functions { pack_rows, pack_columns, pack_turned, attend, divide };
+    pub static FLOATS: Functions =
+        Functions { pack_rows, pack_columns, scale_values: |_, _, _| (), pack_turned, attend, divide };
 
     /// The bits of two bf16 whose sum is `x`, nearly: each rounded to nearest, halves away from zero.
     fn planes(x: f32) -> [u32; 2] {
@@ -238,24 +263,32 @@ pub(super) mod reference {
         [high >> 16, (low.to_bits() + 0x8000) >> 16]
     }
 
-    /// Sets number `i` of row `row` of a left operand, or of column `row` of a right one.
+    /// Sets number `i` of row `row` of a left operand, or of column `row` of a right one, in a plane.
+    fn set_bits(to: &mut Operand, plane: usize, left: bool, row: usize, i: usize, bits: u32) {
+        let (r, pair) = (row % HALF, i % HALF);
+        let tile = &mut to.0[plane][row / HALF];
+        let at = if left { &mut tile[r][pair] } else { &mut tile[pair][r] };
+        let shift = 16 * (i / HALF);
+        *at = *at & !(0xffff << shift) | bits << shift;
+    }
+
+    /// What [`set_bits`] has set.
+    fn bits(from: &Operand, plane: usize, left: bool, row: usize, i: usize) -> u32 {
+        let (r, pair) = (row % HALF, i % HALF);
+        let tile = &from.0[plane][row / HALF];
+        let pair = if left { tile[r][pair] } else { tile[pair][r] };
+        pair >> (16 * (i / HALF)) & 0xffff
+    }
+
     fn set(to: &mut Operand, left: bool, row: usize, i: usize, x: f32) {
-        for (tiles, bits) in to.0.iter_mut().zip(planes(x)) {
-            let (r, pair) = (row % HALF, i % HALF);
-            let tile = &mut tiles[row / HALF];
-            let at = if left { &mut tile[r][pair] } else { &mut tile[pair][r] };
-            let shift = 16 * (i / HALF);
-            *at = *at & !(0xffff << shift) | bits << shift;
+        for (plane, bits) in planes(x).into_iter().enumerate() {
+            set_bits(to, plane, left, row, i, bits);
         }
     }
 
     /// What [`set`] has set.
     fn get(from: &Operand, left: bool, row: usize, i: usize) -> [f32; 2] {
-        from.0.map(|tiles| {
-            let (r, pair) = (row % HALF, i % HALF);
-            let pair = if left { tiles[row / HALF][r][pair] } else { tiles[row / HALF][pair][r] };
-            f32::from_bits(pair >> (16 * (i / HALF)) << 16)
-        })
+        [0, 1].map(|plane| f32::from_bits(bits(from, plane, left, row, i) << 16))
     }
 
     fn pack(rows: &[f32], dim: usize, factor: f32, left: bool, to: &mut [Operand]) {
@@ -267,15 +300,15 @@ pub(super) mod reference {
         }
     }
 
-    fn pack_rows(rows: &[f32], dim: usize, to: &mut [Operand]) {
+    fn pack_rows(rows: &[f32], dim: usize, to: &mut [Operand], _: &mut [f32; STEP]) {
         pack(rows, dim, 1.0, true, to);
     }
 
-    fn pack_columns(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand]) {
+    fn pack_columns(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand], _: &mut [f32; STEP]) {
         pack(rows, dim, factor, false, to);
     }
 
-    fn pack_turned(rows: &[f32], dim: usize, first: usize, to: &mut Operand) {
+    fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &[f32; STEP], to: &mut Operand) {
         *to = Operand::ZERO;
         for (r, row) in rows.chunks_exact(dim).enumerate() {
             for (i, x) in row[first..].iter().take(STEP).enumerate() {
@@ -351,6 +384,113 @@ pub(super) mod reference {
             for (i, out) in out.iter_mut().enumerate() {
                 let sum = sums[i / STEP].0[i % STEP / HALF][half][i % HALF][lane];
                 *out = sum / running.sum[half][lane];
+            }
+        }
+    }
+
+    /// Plain code for integers.
+    pub mod integers {
+        use super::*;
+
+        pub static FUNCTIONS: Functions =
+            Functions { pack_rows, pack_columns, scale_values, pack_turned, attend, divide };
+
+        fn set(to: &mut Operand, left: bool, row: usize, i: usize, x: f32) {
+            set_bits(to, 0, left, row, i, u32::from(x.round_ties_even() as i16 as u16));
+        }
+
+        /// `x` over what keeps sums of products with others in 32 bits.
+        fn pack(rows: &[f32], dim: usize, left: bool, to: &mut [Operand], scale: &mut [f32; STEP]) {
+            to.fill(Operand::ZERO);
+            *scale = [0.0; STEP];
+            for (r, row) in rows.chunks_exact(dim).enumerate() {
+                let length = row.iter().map(|x| x * x).sum::<f32>().sqrt();
+                let max = row.iter().fold(0f32, |max, x| max.max(x.abs()));
+                scale[r] = (length / 46_000.0).max(max / 32767.0);
+                for (i, x) in row.iter().enumerate().filter(|_| scale[r] > 0.0) {
+                    set(&mut to[i / STEP], left, r, i % STEP, x / scale[r]);
+                }
+            }
+        }
+
+        fn pack_rows(rows: &[f32], dim: usize, to: &mut [Operand], scale: &mut [f32; STEP]) {
+            pack(rows, dim, true, to, scale);
+        }
+
+        fn pack_columns(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand], scale: &mut [f32; STEP]) {
+            pack(rows, dim, false, to, scale);
+            scale.iter_mut().for_each(|scale| *scale *= factor);
+        }
+
+        fn scale_values(rows: &[f32], dim: usize, scale: &mut [f32; STEP]) {
+            *scale = [LEAST_VALUE; STEP];
+            for (row, scale) in rows.chunks_exact(dim).zip(scale) {
+                *scale = row.iter().fold(*scale, |scale, x| scale.max(x.abs() / 4095.0));
+            }
+        }
+
+        fn pack_turned(rows: &[f32], dim: usize, first: usize, scale: &[f32; STEP], to: &mut Operand) {
+            *to = Operand::ZERO;
+            for (r, row) in rows.chunks_exact(dim).enumerate() {
+                for (i, x) in row[first..].iter().take(STEP).enumerate() {
+                    set(to, true, i, r, x / scale[r]);
+                }
+            }
+        }
+
+        /// A sum of products of a step.
+        fn product(left: &Operand, row: usize, right: &Operand, column: usize) -> i32 {
+            let number = |x: u32| i32::from(x as u16 as i16);
+            let products = (0..STEP)
+                .map(|i| number(bits(left, 0, true, row, i)) * number(bits(right, 0, false, column, i)));
+            products.sum()
+        }
+
+        fn attend(first: usize, tiles: &mut AttentionTiles) {
+            for block in 0..tiles.running.len() {
+                let (steps, running) = (tiles.steps(), &mut tiles.running[block]);
+                let groups = running.groups(first, tiles.positions);
+                for query in 0..STEP {
+                    let (half, lane) = (query / HALF, query % HALF);
+                    let score = |p: usize| {
+                        let keys = &tiles.keys[p / STEP * steps..][..steps];
+                        let steps = keys.iter().zip(&tiles.queries[block * steps..]);
+                        let sum: i32 = steps.map(|(k, q)| product(k, p % STEP, q, query)).sum();
+                        let scale =
+                            tiles.scales.keys[p / STEP][p % STEP] * tiles.scales.queries[block][query];
+                        sum as f32 * scale + tiles.scales.values[p / STEP][p % STEP].log2()
+                    };
+                    let all = STEP * groups;
+                    let n = (running.position[half][lane] as usize + 1).saturating_sub(first).min(all);
+                    let scores: Vec<_> = (0..n).map(score).collect();
+                    let before = running.max[half][lane];
+                    let max = scores.iter().copied().fold(before, f32::max);
+                    let rescale = (before - max).exp2();
+                    let mut total = running.sum[half][lane] * rescale;
+                    let sums = &mut tiles.sums[block * steps..][..steps];
+                    let mut rows = Vec::new();
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        for row in 0..STEP {
+                            sums.0[row / HALF][half][row % HALF][lane] *= rescale;
+                            rows.push((i, row));
+                        }
+                    }
+                    for (group, scores) in scores.chunks(STEP).enumerate() {
+                        let top = scores.iter().copied().fold(LOWEST, f32::max);
+                        let (mut weights, scale) = (Operand::ZERO, (top - 14.0 - max).exp2());
+                        for (p, score) in scores.iter().enumerate() {
+                            let weight = (score - top + 14.0).exp2();
+                            set(&mut weights, false, query, p, weight);
+                            total += weight * scale / tiles.scales.values[group][p];
+                        }
+                        for &(i, row) in &rows {
+                            let values = &tiles.values[i * GROUPS + group];
+                            let sum = product(values, row, &weights, query) as f32;
+                            sums[i].0[row / HALF][half][row % HALF][lane] += sum * scale;
+                        }
+                    }
+                    (running.max[half][lane], running.sum[half][lane]) = (max, total);
+                }
             }
         }
     }

@@ -395,7 +395,10 @@ mod tests {
                     attention(on, shape, (&q, heads * dim), &[seen], &mut out, &mut scratch);
                     let want = naive(shape, first, &q, &k, &v, rows);
                     let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    assert!(worst < 1e-5, "{kernels:?} {shape:?} {rows}: {worst}");
+                    // Integers of tiles have 12 bits for values.
+                    let in_integers = kernels.name() == "avx512vnni" && rows > MAX_ALONE;
+                    let tolerance = if in_integers { 3e-4 } else { 1e-5 };
+                    assert!(worst < tolerance, "{kernels:?} {shape:?} {rows}: {worst}");
                 }
             }
         }

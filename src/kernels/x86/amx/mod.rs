@@ -34,9 +34,10 @@ static TILES: tiles::Functions =
 static ATTENTION: kernels::attention::Functions = kernels::attention::Functions {
     pack_rows: attention::pack_rows,
     pack_columns: attention::pack_columns,
+    scale_values: |_, _, _| (),
     pack_turned: attention::pack_turned,
     attend: attention::attend,
-    divide: attention::divide,
+    divide: avx512vnni::attention::divide,
 };
 
 /// Whether CPU and system have it; asks the system for permission, once.
