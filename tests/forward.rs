@@ -21,6 +21,11 @@ const GOLDENS: [&str; 6] = ["llama", "linear", "yarn", "rope_freqs", "key_length
 /// the logits (measured over all models, kernels and steps); twice that is the bound.
 const GOLDEN_TOLERANCE: f32 = 2e-3;
 
+/// Prompts attend in integers there, of 13 bits for weights and values.
+fn slack(kernels: Kernels) -> f32 {
+    if kernels.name() == "avx512vnni" { 2.0 } else { 1.0 }
+}
+
 fn golden_ids() -> Vec<u32> {
     let text = std::fs::read_to_string(common::data("models/ids.json")).unwrap();
     serde_json::from_str(&text).unwrap()
@@ -46,7 +51,7 @@ fn logits_equal_those_of_the_reference() {
                 for batches in [&[512][..], &[1], &[7]] {
                     let got = Run { kernels, threads, batches, ..Run::new(&model) }.logits(&ids);
                     let distance = distance(&got, &want);
-                    if distance > GOLDEN_TOLERANCE {
+                    if distance > slack(kernels) * GOLDEN_TOLERANCE {
                         failures
                             .push(format!("{name} {kernels:?} threads {threads} {batches:?}: {distance}"));
                     }
@@ -86,7 +91,7 @@ fn steps_of_any_size_agree() {
             for batches in [&[1][..], &[7], &[1, 4, 5, 2]] {
                 let cut = Run { kernels, batches, ..Run::new(model) }.logits(&ids);
                 let distance = distance(&cut, &whole);
-                assert!(distance < CUT_TOLERANCE, "{kernels:?} {batches:?}: {distance}");
+                assert!(distance < slack(kernels) * CUT_TOLERANCE, "{kernels:?} {batches:?}: {distance}");
             }
         }
     }

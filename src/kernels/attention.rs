@@ -425,7 +425,7 @@ pub(super) mod reference {
         fn scale_values(rows: &[f32], dim: usize, scale: &mut [f32; STEP]) {
             *scale = [LEAST_VALUE; STEP];
             for (row, scale) in rows.chunks_exact(dim).zip(scale) {
-                *scale = row.iter().fold(*scale, |scale, x| scale.max(x.abs() / 4095.0));
+                *scale = row.iter().fold(*scale, |scale, x| scale.max(x.abs() / 8191.0));
             }
         }
 
@@ -477,9 +477,9 @@ pub(super) mod reference {
                     }
                     for (group, scores) in scores.chunks(STEP).enumerate() {
                         let top = scores.iter().copied().fold(LOWEST, f32::max);
-                        let (mut weights, scale) = (Operand::ZERO, (top - 14.0 - max).exp2());
+                        let (mut weights, scale) = (Operand::ZERO, (top - 13.0 - max).exp2());
                         for (p, score) in scores.iter().enumerate() {
-                            let weight = (score - top + 14.0).exp2();
+                            let weight = (score - top + 13.0).exp2();
                             set(&mut weights, false, query, p, weight);
                             total += weight * scale / tiles.scales.values[group][p];
                         }

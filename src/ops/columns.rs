@@ -8,7 +8,7 @@ use crate::kernels::columns::finish;
 use crate::kernels::{ColumnList, Kernels};
 use crate::memory::{MemoryError, Pages};
 use crate::quant::Matrix;
-use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, heads_of, pack};
+use crate::quant::columns::{ColumnLayout, ColumnStrip, PackScratch, Ranges, TILE, heads_of, pack};
 
 /// Bytes of a matrix that are a chunk of its product, about: few enough that threads end together, and many more than
 /// the sums that each chunk leaves.
@@ -17,6 +17,10 @@ const PART_BYTES: usize = 3 << 20;
 const LINE: usize = 64;
 /// Least parts of a product. Of small matrices more would cost more than they share out.
 const LEAST_PARTS: usize = 2;
+/// Chunks a thread of a product that are worth shorter runs.
+const CHUNKS_A_THREAD: usize = 2;
+/// Least outputs of a chunk that is not a whole strip: runs of 256 bytes of 4-bit codes.
+const LEAST_OUTPUTS: usize = 512;
 /// Outputs of a chunk of what follows the parts.
 const FINISHED: usize = 1024;
 
@@ -122,14 +126,26 @@ impl ColumnMatrix {
         self.layout.view(strip, heads, &self.memory[place.clone()])
     }
 
-    /// The product of the chosen columns of `part` with the outputs of the strip that begins at `first`, in units of
-    /// the outputs' factors.
+    /// Outputs of a chunk of one of `parts`: whole strips, if these are chunks enough for all threads, else pieces of
+    /// strips. A sum is that of its part, whatever the chunk.
+    fn chunk_outputs(&self, parts: usize, threads: usize) -> usize {
+        let strip = self.layout.outputs_of_first();
+        let pieces = (CHUNKS_A_THREAD * threads).div_ceil(parts * self.layout.strips());
+        let (most, all) = ((strip / LEAST_OUTPUTS).max(1), strip / TILE);
+        // Chunks lie side by side: where there are several strips, they have to divide one.
+        let fits = |tiles: &usize| self.layout.strips() == 1 || all.is_multiple_of(*tiles);
+        (all.div_ceil(pieces.clamp(1, most))..all).find(fits).unwrap_or(all) * TILE
+    }
+
+    /// The product of the chosen columns of `part` with the outputs from `first` on, all of one strip, in units of the
+    /// outputs' factors.
     fn part(&self, kernels: Kernels, list: &ColumnList, part: usize, first: usize, sums: &mut [f32]) {
-        let strip = first / self.layout.outputs_of_first();
+        let (strip, in_strip) =
+            (first / self.layout.outputs_of_first(), first % self.layout.outputs_of_first());
         let groups = self.layout.groups();
         let step = groups.div_ceil(self.parts());
         let groups = part * step..((part + 1) * step).min(groups);
-        kernels.columns(self.view(strip), list, groups, 0..sums.len(), sums);
+        kernels.columns(self.view(strip), list, groups, in_strip..in_strip + sums.len(), sums);
     }
 
     /// From the sums of all parts to the outputs from `first` on, plus those of `bias`, if that is not empty.
@@ -207,7 +223,8 @@ pub fn matmul_columns(
     out: &mut [f32],
 ) {
     let sums = &mut scratch.sums[..matrix.sums()];
-    on.team.for_plain_tiles(sums, matrix.padded(), (1, matrix.layout.outputs_of_first()), |mut tile| {
+    let outputs = matrix.chunk_outputs(matrix.parts(), on.team.active());
+    on.team.for_plain_tiles(sums, matrix.padded(), (1, outputs), |mut tile| {
         let (part, first) = (tile.rows().start, tile.cols().start);
         matrix.part(on.kernels, list, part, first, tile.row(part));
     });
@@ -232,7 +249,8 @@ pub fn swiglu_columns(
 ) {
     let (outputs, parts) = (gate.layout.outputs(), gate.parts());
     let sums = &mut scratch.sums[..gate.sums() + up.sums()];
-    on.team.for_plain_tiles(sums, gate.padded(), (1, gate.layout.outputs_of_first()), |mut tile| {
+    let outputs_of_chunk = gate.chunk_outputs(2 * parts, on.team.active());
+    on.team.for_plain_tiles(sums, gate.padded(), (1, outputs_of_chunk), |mut tile| {
         let (row, first) = (tile.rows().start, tile.cols().start);
         let (matrix, part) = if row < parts { (gate, row) } else { (up, row - parts) };
         matrix.part(on.kernels, list, part, first, tile.row(row));
@@ -248,4 +266,54 @@ pub fn swiglu_columns(
         on.kernels.silu_mul(out, values);
         then(first, out);
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gguf::GgmlType;
+    use crate::ops::Inputs;
+    use crate::quant;
+    use crate::quant::columns::STRIP;
+    use crate::threads::Team;
+
+    fn wave(n: usize, speed: f32) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * speed).sin()).collect()
+    }
+
+    /// Many threads get pieces of a strip, of one strip or of several of which the last is shorter: bit by bit the same sums.
+    #[test]
+    fn pieces_of_strips_give_the_sums_of_whole_ones() {
+        for outputs in [1536 + 64, STRIP + 1000] {
+            let (cols, ty, kernels) = (64, GgmlType::Q4_1, Kernels::select(None).unwrap());
+            let mut bytes = vec![0; ty.row_bytes(cols) * outputs];
+            quant::quantize_row(ty, &wave(cols * outputs, 0.61), &mut bytes);
+            let matrix = Matrix::new(ty, outputs, cols, &bytes).unwrap();
+            let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+            let run = |threads: usize| {
+                let team = Team::new(threads).unwrap();
+                let on = Compute { team: &team, kernels };
+                let mut memory = ColumnMemory::new([&layout].into_iter()).unwrap();
+                let packed = PackedColumns::new(on, &matrix, &layout, &mut memory);
+                let matrix = packed.read(&memory.finish());
+                let mut x = Inputs::with_capacity(1, cols);
+                x.values_mut().copy_from_slice(&wave(cols, 0.37));
+                x.quantize(on);
+                let (mut list, mut scratch) = (ColumnList::default(), ColumnScratch::default());
+                x.choose_columns(layout.group_len(), 0, &mut list);
+                scratch.reserve([&matrix].into_iter());
+                let (mut out, mut inner) = (vec![0.0; outputs], vec![0.0; outputs]);
+                matmul_columns(on, &matrix, &list, &[], &mut scratch, &mut out);
+                swiglu_columns(on, &matrix, &matrix, &list, &[], &mut scratch, &mut inner, |_, _| ());
+                (matrix.chunk_outputs(matrix.parts(), threads), out, inner)
+            };
+            let (whole, out, inner) = run(1);
+            assert_eq!(whole, layout.outputs_of_first());
+            for threads in [3, 16] {
+                let pieces = run(threads);
+                assert!(pieces.0 < whole, "{} of {whole} outputs for {threads} threads", pieces.0);
+                assert!(pieces.1 == out && pieces.2 == inner, "{outputs} outputs, {threads} threads");
+            }
+        }
+    }
 }

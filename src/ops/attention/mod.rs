@@ -20,6 +20,8 @@ pub const TILE: usize = POSITIONS;
 const QUERY_ROWS: usize = 96;
 /// The same for a matrix unit, for which widened keys and values are packed besides.
 const TILED_QUERY_ROWS: usize = 512;
+/// Chunks of a prompt a thread that are worth fewer rows.
+const CHUNKS_A_THREAD: usize = 4;
 /// Up to so many tokens read the cache in place, each with the same operations as if it were alone, so that a
 /// draft can be verified in one step; for more, widening a tile pays. The decision is by tokens, not by query rows, so that neither the number of threads
 /// nor that of heads in a chunk changes how a token's sums are rounded.
@@ -160,8 +162,12 @@ fn prompt<C: CacheTile + Copy>(
     // Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
     let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
     let by_tiles = on.kernels.has_attention_tiles() && !f32s(&seen.keys) && !f32s(&seen.values);
-    let aim = if by_tiles { TILED_QUERY_ROWS } else { QUERY_ROWS };
-    let tile = ((aim / group).clamp(1, seen.rows), group * dim);
+    let tokens = if by_tiles {
+        tiled_tokens(shape, seen.rows, on.team.active())
+    } else {
+        (QUERY_ROWS / group).clamp(1, seen.rows)
+    };
+    let tile = (tokens, group * dim);
     on.team.for_tiles(out, heads * dim, tile, &mut scratch.threads, |scratch, mut tile| {
         let head = tile.cols().start / dim;
         let block = Block { shape, first: seen.first, head, tokens: tile.rows() };
@@ -175,6 +181,15 @@ fn prompt<C: CacheTile + Copy>(
             tile.row(t).copy_from_slice(out);
         }
     });
+}
+
+/// Tokens of a chunk by tiles: fewer where there would not be enough chunks for all threads. What a row gets does not depend on
+/// it.
+fn tiled_tokens(shape: Shape, rows: usize, threads: usize) -> usize {
+    let tokens = |aim: usize| (aim / shape.group()).clamp(1, rows);
+    let chunks = |tokens: usize| rows.div_ceil(tokens) * shape.kv_heads;
+    let [large @ .., least] = [1, 2, 4].map(|part| tokens(TILED_QUERY_ROWS / part));
+    large.into_iter().find(|&tokens| chunks(tokens) >= CHUNKS_A_THREAD * threads).unwrap_or(least)
 }
 
 /// Some tokens' queries for the heads of a group.
@@ -395,7 +410,7 @@ mod tests {
                     attention(on, shape, (&q, heads * dim), &[seen], &mut out, &mut scratch);
                     let want = naive(shape, first, &q, &k, &v, rows);
                     let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                    // Integers of tiles have 12 bits for values.
+                    // Integers of tiles have 13 bits for weights and values.
                     let in_integers = kernels.name() == "avx512vnni" && rows > MAX_ALONE;
                     let tolerance = if in_integers { 3e-4 } else { 1e-5 };
                     assert!(worst < tolerance, "{kernels:?} {shape:?} {rows}: {worst}");

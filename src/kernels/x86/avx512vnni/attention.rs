@@ -22,13 +22,13 @@ const LIMIT: f32 = 32767.0;
 /// parts of it too, and below 2^31 even when every number was rounded up.
 const LENGTH: f32 = 46_000.0;
 /// The greatest weight is 2 to this.
-const WEIGHT_BITS: f32 = 14.0;
+const WEIGHT_BITS: f32 = 13.0;
 /// Greatest magnitude of a value: 32 such times the greatest weight are below 2^31.
-const VALUE_LIMIT: f32 = 4095.0;
+const VALUE_LIMIT: f32 = 8191.0;
 /// A scale of less than this counts as nothing; the inverse of a greater one is finite.
 const TINY: f32 = 1e-30;
 
-const _: () = assert!((STEP as f32) * 16384.0 * VALUE_LIMIT < 2_147_483_648.0);
+const _: () = assert!((STEP as f32) * 8192.0 * VALUE_LIMIT < 2_147_483_648.0);
 
 /// See `kernels::attention::Functions`.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
