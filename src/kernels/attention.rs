@@ -1,7 +1,11 @@
-//! Attention of many queries by a matrix unit (AMX), which multiplies tiles of 16-bit floats (bf16).
+//! Attention of many queries in tiles of 16-bit numbers, of which an instruction multiplies pairs.
 //!
-//! A number becomes two of them, `high + low`: 16 bits of mantissa, all that a number stored as f16 has. Of a product of two
-//! such numbers `low low` is left out, some 2^-16 of it, so three products of tiles give nearly the exact one.
+//! For a matrix unit (AMX) these are floats (bf16). A number becomes two of them, `high + low`: 16 bits of mantissa, all that
+//! a number stored as f16 has. Of a product of two such numbers `low low` is left out, some 2^-16 of it, so three products of
+//! tiles give nearly the exact one.
+//!
+//! For `vpdpwssd` (AVX-512 VNNI) these are integers with a scale a row: see `x86/avx512vnni/attention.rs`. One product of
+//! twice as many numbers as f32 has gives scores to 15 bits of a row's length, and values and weights have 13 bits.
 //!
 //! Queries are columns throughout:
 //!
@@ -14,7 +18,7 @@
 //! it writes is an operand of the second product as it is.
 //!
 //! # Layout
-//! The unit adds up products of 32 numbers. An operand has 32 numbers of 32 rows (or columns), a step of a longer
+//! A step adds up products of 32 numbers. An operand has 32 numbers of 32 rows (or columns), a step of a longer
 //! sum. Number `i` of the 32 is paired with number `16 + i`: any order will do if both operands have it, and this one
 //! needs no shuffles. A left operand has its rows one after the other, 16 pairs each, a right one pair `i` of
 //! its columns in row `i`.
@@ -34,10 +38,10 @@ pub(super) const LEAST_VALUE: f32 = 1e-20;
 /// The maximum of no scores: finite, because differences are formed.
 pub(super) const LOWEST: f32 = -1e30;
 
-/// Pairs of bf16, 16 of 16 rows or columns each: what the unit takes.
+/// Pairs of 16-bit numbers, 16 of 16 rows or columns each.
 pub(super) type Pairs = [[u32; HALF]; HALF];
 
-/// 32 rows or columns of 32 numbers as `[plane][half]`, the high plane first.
+/// 32 rows or columns of 32 numbers as `[plane][half]`, the high plane first; integers have but that.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))] // a tile across cache lines is loaded at half the speed
 pub(super) struct Operand(pub [[Pairs; 2]; 2]);
@@ -104,9 +108,9 @@ pub(super) struct Scales {
     pub values: [[f32; STEP]; GROUPS],
 }
 
-/// The functions of a matrix unit; `unsafe` to call where the CPU has none.
+/// The functions of an instruction set; `unsafe` to call where the CPU lacks it.
 pub(super) struct Functions {
-    /// Up to 32 rows of `dim` numbers to a step for each 32 of `dim`: a left operand.
+    /// Up to 32 rows of `dim` numbers to a step for each 32 of `dim`: a left operand. Integers have a scale a row.
     pub pack_rows: unsafe fn(rows: &[f32], dim: usize, to: &mut [Operand], scale: &mut [f32; STEP]),
     /// The same for a right one, times a factor.
     pub pack_columns:
@@ -156,7 +160,7 @@ impl AttentionTiles {
 }
 
 impl Kernels {
-    /// Whether many queries attend by tiles: the CPU has a matrix unit for floats.
+    /// Whether many queries attend by tiles.
     pub fn has_attention_tiles(&self) -> bool {
         self.isa.functions.attention.is_some()
     }

@@ -24,7 +24,7 @@
 pub mod activations;
 #[cfg(target_arch = "aarch64")]
 mod arm;
-#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // no matrix unit but AMX has kernels
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // only x86-64 has kernels for it
 pub mod attention;
 pub mod columns;
 pub mod decode_attention;
@@ -81,7 +81,7 @@ struct Functions {
     decode_attention: &'static decode_attention::Functions,
     /// Those of a matrix unit, for many tokens in place of `gemm`.
     tiles: Option<&'static tiles::Functions>,
-    /// Those of a matrix unit for floats.
+    /// Those of tiles of 16-bit numbers, for many queries in place of f32 products.
     attention: Option<&'static attention::Functions>,
 }
 

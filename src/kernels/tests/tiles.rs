@@ -1,4 +1,4 @@
-//! Matrix units: products and attention in tiles.
+//! Products by a matrix unit, and attention in tiles.
 
 use super::*;
 use crate::kernels::tiles;
@@ -186,7 +186,7 @@ fn attention_by_tiles_equals_plain_code_and_is_nearly_exact() {
     let mut rng = Rng(53);
     for k in kernels_under_test().into_iter().filter(Kernels::has_attention_tiles) {
         let floats = k.name() == "amx";
-        let (from_exact, from_plain) = if floats { (4e-5, 2e-5) } else { (5e-4, 2e-4) };
+        let (from_exact, from_plain) = if floats { (4e-5, 2e-5) } else { (1e-3, 3e-4) };
         for (rows, dim, begin) in
             [(1, 8, 0), (32, 32, 3), (50, 64, 0), (97, 80, 130), (200, 128, 100), (33, 256, 600)]
         {

@@ -1,6 +1,7 @@
 //! x86-64: one folder an instruction set, the same file names in each.
 
 pub(super) mod amx;
+mod attention;
 pub(super) mod avx2;
 pub(super) mod avx512vnni;
 pub(super) mod avxvnni;

@@ -18,7 +18,7 @@ use crate::kernels::gemm_f32::View;
 pub const TILE: usize = POSITIONS;
 /// Query rows (tokens times heads of a group) aimed at in a chunk of a prompt: enough for `gemm`.
 const QUERY_ROWS: usize = 96;
-/// The same for a matrix unit, for which widened keys and values are packed besides.
+/// The same by tiles, for which widened keys and values are packed besides.
 const TILED_QUERY_ROWS: usize = 512;
 /// Chunks of a prompt a thread that are worth fewer rows.
 const CHUNKS_A_THREAD: usize = 4;
@@ -159,7 +159,7 @@ fn prompt<C: CacheTile + Copy>(
     scratch: &mut AttentionScratch,
 ) {
     let (heads, dim, group) = (shape.heads, shape.head_dim, shape.group());
-    // Two planes of bf16 hold what f16 and 8 bits do; whoever stores f32 wants more.
+    // Tiles hold what f16 and 8 bits do; whoever stores f32 wants more.
     let f32s = |cache: &C| matches!(cache.stored(0, 0..1), Stored::F32(_));
     let by_tiles = on.kernels.has_attention_tiles() && !f32s(&seen.keys) && !f32s(&seen.values);
     let tokens = if by_tiles {
@@ -251,7 +251,7 @@ impl Block {
         (last + 1).saturating_sub(positions.start).min(positions.len())
     }
 
-    /// All of a block by a matrix unit.
+    /// All of a block by tiles of 16-bit numbers.
     fn by_tiles(&self, kernels: Kernels, seen: &Seen<impl CacheTile>, scratch: &mut ThreadScratch) {
         let (dim, rows) = (self.shape.head_dim, self.rows());
         let ThreadScratch { queries, out, wide, tiles, .. } = scratch;
@@ -411,7 +411,8 @@ mod tests {
                     let want = naive(shape, first, &q, &k, &v, rows);
                     let worst = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     // Integers of tiles have 13 bits for weights and values.
-                    let in_integers = kernels.name() == "avx512vnni" && rows > MAX_ALONE;
+                    let in_integers =
+                        kernels.has_attention_tiles() && kernels.name() != "amx" && rows > MAX_ALONE;
                     let tolerance = if in_integers { 3e-4 } else { 1e-5 };
                     assert!(worst < tolerance, "{kernels:?} {shape:?} {rows}: {worst}");
                 }

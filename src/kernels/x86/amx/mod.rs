@@ -37,7 +37,7 @@ static ATTENTION: kernels::attention::Functions = kernels::attention::Functions 
     scale_values: |_, _, _| (),
     pack_turned: attention::pack_turned,
     attend: attention::attend,
-    divide: avx512vnni::attention::divide,
+    divide: attention::divide,
 };
 
 /// Whether CPU and system have it; asks the system for permission, once.

@@ -4,6 +4,7 @@
 //!
 //! `avxvnni` is compiled from the same source with another `multiply`.
 
+pub(super) mod attention;
 mod blocks;
 pub(super) mod columns;
 pub(super) mod dot;
@@ -35,7 +36,7 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         float: &FLOAT,
         decode_attention: &DECODE_ATTENTION,
         tiles: None,
-        attention: None,
+        attention: Some(&attention::ATTENTION),
     },
 };
 

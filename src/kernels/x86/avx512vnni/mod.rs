@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes to each 32-bit lane.
 
-pub(super) mod attention;
+mod attention;
 mod blocks;
 mod columns;
 mod dot;
@@ -11,7 +11,7 @@ pub(super) use gemm::transpose16;
 use std::arch::x86_64::*;
 
 use crate::kernels::float::instantiate;
-use crate::kernels::{self, Functions, Isa};
+use crate::kernels::{Functions, Isa};
 
 pub(in crate::kernels) static ISA: Isa = Isa {
     name: "avx512vnni",
@@ -40,17 +40,8 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         float: &FLOAT,
         decode_attention: &DECODE_ATTENTION,
         tiles: None,
-        attention: Some(&ATTENTION),
+        attention: Some(&attention::ATTENTION),
     },
-};
-
-static ATTENTION: kernels::attention::Functions = kernels::attention::Functions {
-    pack_rows: attention::pack_rows,
-    pack_columns: attention::pack_columns,
-    scale_values: attention::scale_values,
-    pack_turned: attention::pack_turned,
-    attend: attention::attend,
-    divide: attention::divide,
 };
 
 crate::kernels::decode_attention::instantiate!(

@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use crate::kernels::columns::Chosen;
-use crate::kernels::x86::avx2;
+use crate::kernels::x86::{attention, avx2};
 use crate::kernels::{Functions, Isa, Panel, Q8Rows};
 use crate::quant::columns::ColumnStrip;
 
@@ -26,12 +26,13 @@ pub(in crate::kernels) static ISA: Isa = Isa {
         float: &avx2::FLOAT,
         decode_attention: &avx2::DECODE_ATTENTION,
         tiles: None,
-        attention: None,
+        attention: Some(&ATTENTION),
     },
 };
 
 avx2::columns::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
 avx2::gemm::instantiate!("avx2,fma,f16c,avxvnni", crate::kernels::x86::avxvnni::dpbusd);
+attention::instantiate!(crate::kernels::x86::avxvnni::dpwssd, "avx2,fma,avxvnni");
 
 /// The functions of `avx2::maddubs` in one step: products go to the sum of 32 bits at once.
 macro_rules! dpbusd {
@@ -118,6 +119,26 @@ macro_rules! dpbusd {
 
 dpbusd!("avx2,avxvnni", _mm256_dpbusd_avx_epi32, "{{vex}} ");
 
+/// The vectors of `avx2::attention` with products of pairs of words in one step.
+macro_rules! dpwssd {
+    ($features:literal, $instruction:ident) => {
+        mod dpwssd {
+            use std::arch::x86_64::*;
+
+            pub use crate::kernels::x86::avx2::attention::lanes::*;
+
+            /// `sums + a b`, of both numbers of each pair.
+            #[inline]
+            #[target_feature(enable = $features)]
+            pub fn add_products(sums: I, a: I, b: I) -> I {
+                [$instruction(sums[0], a[0], b[0]), $instruction(sums[1], a[1], b[1])]
+            }
+        }
+    };
+}
+
+dpwssd!("avxvnni", _mm256_dpwssd_avx_epi32);
+
 /// The same with the EVEX encoding of the instruction, so that the source of this row is also tested
 /// on the CPUs with AVX-512 that lack AVX-VNNI.
 #[cfg(test)]
@@ -143,7 +164,7 @@ pub(in crate::kernels) mod evex {
             float: &avx2::FLOAT,
             decode_attention: &avx2::DECODE_ATTENTION,
             tiles: None,
-            attention: None,
+            attention: Some(&ATTENTION),
         },
     };
 
@@ -152,5 +173,7 @@ pub(in crate::kernels) mod evex {
         crate::kernels::x86::avxvnni::evex::dpbusd
     );
     avx2::gemm::instantiate!("avx2,fma,f16c,avx512vl,avx512vnni", crate::kernels::x86::avxvnni::evex::dpbusd);
+    attention::instantiate!(crate::kernels::x86::avxvnni::evex::dpwssd, "avx2,fma,avx512vl,avx512vnni");
     dpbusd!("avx2,avx512vl,avx512vnni", _mm256_dpbusd_epi32, "");
+    dpwssd!("avx512vl,avx512vnni", _mm256_dpwssd_epi32);
 }
