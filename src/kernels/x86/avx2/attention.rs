@@ -25,6 +25,7 @@ pub(in crate::kernels::x86) mod lanes {
 
     use crate::kernels::attention::{HALF, Pairs};
     use crate::kernels::x86::attention::EXP2;
+    use crate::kernels::x86::avx2::gemm::transpose8;
 
     pub type F = [__m256; 2];
     pub type I = [__m256i; 2];
@@ -223,13 +224,16 @@ pub(in crate::kernels::x86) mod lanes {
     #[inline]
     #[target_feature(enable = "avx2")]
     pub fn transpose(rows: &[I; HALF], to: &mut Pairs) {
-        let mut from = [[0; HALF]; HALF];
-        for r in 0..HALF {
-            store_row(&mut from[r], rows[r]);
-        }
-        for (c, to) in to.iter_mut().enumerate() {
-            for (to, from) in to.iter_mut().zip(&from) {
-                *to = from[c];
+        for half in 0..2 {
+            let mut turned = [[_mm256_setzero_si256(); 8]; 2];
+            for (i, turned) in turned.iter_mut().enumerate() {
+                for (row, from) in turned.iter_mut().zip(&rows[8 * i..]) {
+                    *row = from[half];
+                }
+                *turned = transpose8(*turned);
+            }
+            for (i, to) in to[8 * half..][..8].iter_mut().enumerate() {
+                store_row(to, [turned[0][i], turned[1][i]]);
             }
         }
     }

@@ -45,7 +45,7 @@ pub(in crate::kernels::x86) fn interleave(plain: &[u8], cols: usize, q: &mut [u8
 
 #[inline]
 #[target_feature(enable = "avx2")]
-fn transpose8(y: [__m256i; 8]) -> [__m256i; 8] {
+pub(super) fn transpose8(y: [__m256i; 8]) -> [__m256i; 8] {
     // Pairs of elements, then pairs of pairs, inside each 128-bit lane; then the lanes.
     let mut a = y;
     for i in 0..4 {
