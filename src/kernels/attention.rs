@@ -4,8 +4,8 @@
 //! a number stored as f16 has. Of a product of two such numbers `low low` is left out, some 2^-16 of it, so three products of
 //! tiles give nearly the exact one.
 //!
-//! For `vpdpwssd` (AVX-512 VNNI) these are integers with a scale a row: see `x86/avx512vnni/attention.rs`. One product of
-//! twice as many numbers as f32 has gives scores to 15 bits of a row's length, and values and weights have 13 bits.
+//! For `vpdpwssd` (AVX-512 VNNI, AVX-VNNI) and `vpmaddwd` (AVX2) these are integers with a scale a row: see `x86/attention.rs`.
+//! An instruction multiplies twice as many as f32 products have. Scores have 15 bits of a row's length, values and weights 13.
 //!
 //! Queries are columns throughout:
 //!

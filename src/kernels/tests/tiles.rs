@@ -225,18 +225,18 @@ fn attention_at_the_edge_of_integers_is_exact() {
             for keys in [vec![long; positions * dim], (0..positions * dim).map(one_number).collect()] {
                 // Scores are 4 for some positions and 0 for the others.
                 let length: f32 = keys[..dim].iter().map(|x| x * x).sum();
-                let seen = |i: usize| if i / dim % 3 == 0 { 0.0 } else { 1.0 };
+                let seen = |i: usize| if (i / dim).is_multiple_of(3) { 0.0 } else { 1.0 };
                 let q: Vec<f32> = keys[..dim].iter().map(|x| 4.0 * (x / length)).collect();
                 let keys: Vec<f32> = keys.iter().enumerate().map(|(i, x)| x * seen(i)).collect();
                 let values: Vec<f32> = (0..positions * dim)
-                    .map(|i| if i % 2 == 0 { 7.0 } else { -7.0 } * (0.5 + seen(i)))
+                    .map(|i| if i.is_multiple_of(2) { 7.0 } else { -7.0 } * (0.5 + seen(i)))
                     .collect();
                 let got = attended(k, &q, &keys, &values, dim, positions - 1);
                 let (likely, all) =
                     (4f32.exp(), (0..positions).map(|p| (4.0 * seen(p * dim)).exp()).sum::<f32>());
                 let share = (0..positions).map(|p| seen(p * dim)).sum::<f32>() * likely / all;
                 for (i, got) in got.iter().enumerate() {
-                    let want = if i % 2 == 0 { 7.0 } else { -7.0 } * (0.5 + share);
+                    let want = if i.is_multiple_of(2) { 7.0 } else { -7.0 } * (0.5 + share);
                     assert!((got - want).abs() < 2e-3, "{k:?} {dim} {long}, {i}: {got}, not {want}");
                 }
             }

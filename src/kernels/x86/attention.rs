@@ -22,8 +22,8 @@ pub(super) const TINY: f32 = 1e-30;
 
 const _: () = assert!((super::super::attention::STEP as f32) * 8192.0 * VALUE_LIMIT < 2_147_483_648.0);
 
-/// Coefficients of `2^r` for what rounding leaves, but the last two, 1 and ln 2: the polynomial through it at the zeros of the
-/// sixth Chebyshev polynomial, off by 1e-7.
+/// Coefficients of a polynomial for `2^r`, `r` what rounding leaves, that of `r^5` first: it goes through it at the zeros of the
+/// sixth Chebyshev polynomial and is off by 1e-7.
 pub(super) const EXP2: [f32; 6] =
     [1.339_086_3e-3, 9.676_032e-3, 5.550_357e-2, 0.240_221_07, std::f32::consts::LN_2, 1.0];
 

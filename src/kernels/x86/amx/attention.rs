@@ -7,6 +7,9 @@ use std::mem;
 use crate::kernels::attention::{
     AttentionTiles, GROUPS, HALF, LOWEST, Operand, Pairs, Running, STEP, Square,
 };
+use crate::kernels::x86::avx512vnni::attention::lanes::{
+    exp2, load, load_i32, load_some, store as store_floats, store_row,
+};
 use crate::kernels::x86::avx512vnni::transpose16;
 
 type Vectors = [__m512i; HALF];
@@ -43,7 +46,7 @@ fn planes_of_rows(rows: &[f32], dim: usize, first: usize, col: usize, factor: f3
     let factor = _mm512_set1_ps(factor);
     for r in 0..HALF.min((rows.len() / dim).saturating_sub(first)) {
         let row = &rows[(first + r) * dim..][..dim];
-        let (a, b) = (load(row, col), load(row, col + HALF));
+        let (a, b) = (load_some(row, col), load_some(row, col + HALF));
         [out[0][r], out[1][r]] = planes(_mm512_mul_ps(a, factor), _mm512_mul_ps(b, factor));
     }
     out
@@ -55,7 +58,7 @@ fn planes_of_rows(rows: &[f32], dim: usize, first: usize, col: usize, factor: f3
 pub(super) fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &[f32; STEP], to: &mut Operand) {
     let n = rows.len() / dim;
     let row = |r: usize, col: usize| {
-        if r < n { load(&rows[r * dim..][..dim], col) } else { _mm512_setzero_ps() }
+        if r < n { load_some(&rows[r * dim..][..dim], col) } else { _mm512_setzero_ps() }
     };
     for half in 0..2 {
         let (mut out, col) = ([[_mm512_setzero_si512(); HALF]; 2], first + HALF * half);
@@ -67,29 +70,12 @@ pub(super) fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &[f32; STEP
     }
 }
 
-/// 16 numbers of a row; those behind its end are 0.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(row: &[f32], col: usize) -> __m512 {
-    let there = row.len().saturating_sub(col).min(HALF);
-    let mask = ((1u32 << there) - 1) as u16;
-    // SAFETY: only the numbers of `row` are read.
-    unsafe { _mm512_maskz_loadu_ps(mask, row.as_ptr().wrapping_add(col)) }
-}
-
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn store(to: &mut Pairs, rows: Vectors) {
     for (to, row) in to.iter_mut().zip(rows) {
         store_row(to, row);
     }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store_row(to: &mut [u32; HALF], row: __m512i) {
-    // SAFETY: 64 writable bytes.
-    unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), row) };
 }
 
 /// Pairs of two numbers each as bf16: the nearest ones, and the nearest ones of what they leave.
@@ -198,14 +184,14 @@ impl<'a> Softmax<'a> {
         let hidden = !running.sees_all(first, STEP * scores.len());
         let softmax = Self { first: first as i32, hidden, scores, weights, running, done: 0, pace };
         for half in 0..2 {
-            let before = load(&softmax.running.max[half], 0);
+            let before = load(&softmax.running.max[half]);
             let max = softmax.greatest(half, before);
             if _mm512_cmp_ps_mask::<_CMP_LT_OQ>(before, max) != 0 {
                 let factor = exp2(_mm512_sub_ps(before, max));
                 rescale(sums, half, factor);
-                let sum = _mm512_mul_ps(load(&softmax.running.sum[half], 0), factor);
-                store_ps(&mut softmax.running.sum[half], sum);
-                store_ps(&mut softmax.running.max[half], max);
+                let sum = _mm512_mul_ps(load(&softmax.running.sum[half]), factor);
+                store_floats(&mut softmax.running.sum[half], sum);
+                store_floats(&mut softmax.running.max[half], max);
             }
         }
         softmax
@@ -230,7 +216,7 @@ impl<'a> Softmax<'a> {
     #[target_feature(enable = "avx512f")]
     fn pair(&self, group: usize, half: usize, row: usize, sees: __m512i) -> [__m512; 2] {
         let scores = &self.scores[group].0;
-        let mut pair = [load(&scores[0][half][row], 0), load(&scores[1][half][row], 0)];
+        let mut pair = [load(&scores[0][half][row]), load(&scores[1][half][row])];
         if self.hidden {
             for (i, scores) in pair.iter_mut().enumerate() {
                 let position = _mm512_set1_epi32(self.first + (group * STEP + i * HALF + row) as i32);
@@ -249,8 +235,8 @@ impl<'a> Softmax<'a> {
         if group == self.scores.len() {
             return;
         }
-        let (max, position) = (load(&self.running.max[half], 0), load_i32(&self.running.position[half]));
-        let mut sums = [load(&self.running.sum[half], 0), _mm512_setzero_ps()];
+        let (max, position) = (load(&self.running.max[half]), load_i32(&self.running.position[half]));
+        let mut sums = [load(&self.running.sum[half]), _mm512_setzero_ps()];
         for row in first..first + self.pace {
             let mut pair = self.pair(group, half, row, position);
             for i in 0..2 {
@@ -262,7 +248,7 @@ impl<'a> Softmax<'a> {
             store_row(&mut high[half][row], planes[0]);
             store_row(&mut low[half][row], planes[1]);
         }
-        store_ps(&mut self.running.sum[half], _mm512_add_ps(sums[0], sums[1]));
+        store_floats(&mut self.running.sum[half], _mm512_add_ps(sums[0], sums[1]));
         self.done += self.pace;
     }
 
@@ -282,46 +268,18 @@ fn rescale(sums: &mut [Square], half: usize, factor: __m512) {
     for sums in sums {
         for rows in &mut sums.0 {
             for row in &mut rows[half] {
-                let new = _mm512_mul_ps(load(row, 0), factor);
-                store_ps(row, new);
+                let new = _mm512_mul_ps(load(row), factor);
+                store_floats(row, new);
             }
         }
     }
-}
-
-/// `2^x`, by `2^r` of what rounding leaves: the polynomial through it at the zeros of the sixth Chebyshev polynomial, off by
-/// 1e-7.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn exp2(x: __m512) -> __m512 {
-    let n = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
-    let r = _mm512_sub_ps(x, n);
-    let mut p = _mm512_set1_ps(1.339_086_3e-3);
-    for c in [9.676_032e-3, 5.550_357e-2, 0.240_221_07, std::f32::consts::LN_2, 1.0] {
-        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    }
-    _mm512_scalef_ps(p, n)
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load_i32(from: &[i32; HALF]) -> __m512i {
-    // SAFETY: 64 readable bytes.
-    unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn store_ps(to: &mut [f32; HALF], x: __m512) {
-    // SAFETY: 64 writable bytes.
-    unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) };
 }
 
 /// See `kernels::attention::Functions`.
 #[target_feature(enable = "avx512f")]
 pub(super) fn divide(sums: &[Square], running: &Running, dim: usize, out: &mut [f32]) {
     for half in 0..2 {
-        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), load(&running.sum[half], 0));
+        let inverse = _mm512_div_ps(_mm512_set1_ps(1.0), load(&running.sum[half]));
         for (i, rows) in sums.iter().flat_map(|s| &s.0).enumerate() {
             let col = i * HALF;
             if col >= dim {
@@ -329,7 +287,7 @@ pub(super) fn divide(sums: &[Square], running: &Running, dim: usize, out: &mut [
             }
             let mut turned = [_mm512_setzero_si512(); HALF];
             for (to, row) in turned.iter_mut().zip(&rows[half]) {
-                *to = _mm512_castps_si512(_mm512_mul_ps(load(row, 0), inverse));
+                *to = _mm512_castps_si512(_mm512_mul_ps(load(row), inverse));
             }
             let turned = transpose16(turned);
             let mask = ((1u32 << (dim - col).min(HALF)) - 1) as u16;

@@ -9,7 +9,7 @@ instantiate!(
 );
 
 /// The vectors that it is made of.
-mod lanes {
+pub(in crate::kernels::x86) mod lanes {
     use std::arch::x86_64::*;
 
     use super::transpose16;

@@ -1,6 +1,6 @@
 //! AVX-512 with VNNI: `vpdpbusd` adds four products of unsigned and signed bytes to each 32-bit lane.
 
-mod attention;
+pub(super) mod attention;
 mod blocks;
 mod columns;
 mod dot;
