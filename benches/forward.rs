@@ -1,4 +1,4 @@
-//! The forward pass on all cores: a prompt, decoding, decoding behind 2048 tokens.
+//! The forward pass on all cores: a prompt and decoding, at the start and behind 2048 tokens.
 
 mod common;
 
@@ -36,18 +36,24 @@ fn model(criterion: &mut Criterion, name: &str, model: &Model) {
     let team = Team::new(default_threads()).unwrap();
     let on = Compute { team: &team, kernels: best() };
     check(name, model, on);
-    let tokens = ids(DEPTH + 1, model.config().vocab);
-    let mut now = state(model, on, DEPTH + 1, Box::new(Never));
+    let tokens = ids(DEPTH + PROMPT, model.config().vocab);
+    let mut now = state(model, on, DEPTH + PROMPT, Box::new(Never));
     let mut group = common::group(criterion, name);
 
     group.throughput(Throughput::Elements(PROMPT as u64));
-    group.bench_function(format!("prefill {PROMPT}"), |bencher| {
-        bencher.iter(|| {
-            now.truncate(0);
-            prompt(model, on, &mut now, &tokens[..PROMPT]);
-            black_box(model.logits(on, &mut now, PROMPT - 1)[0])
+    for (depth, name) in
+        [(0, format!("prefill {PROMPT}")), (DEPTH, format!("prefill {PROMPT} at depth {DEPTH}"))]
+    {
+        now.truncate(0);
+        prompt(model, on, &mut now, &tokens[..depth]);
+        group.bench_function(name, |bencher| {
+            bencher.iter(|| {
+                now.truncate(depth);
+                prompt(model, on, &mut now, &tokens[depth..depth + PROMPT]);
+                black_box(model.logits(on, &mut now, PROMPT - 1)[0])
+            });
         });
-    });
+    }
     // The position is put back after each token, so every one has the same depth.
     group.throughput(Throughput::Bytes(model.decode_bytes()));
     for depth in [1, DEPTH] {

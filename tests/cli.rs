@@ -313,8 +313,17 @@ fn ppl_reports_its_keys_and_writes_logits() {
     let common = ["ppl", "-f", as_str(&text), "-c", "64", "--chunks", "2"];
     let flags = ["--skip", "ffn-skip", "--kl", "--json", "--logits-out", as_str(&logits)];
     let report: Value = serde_json::from_str(&on(&[&common[..], &flags].concat()).ok()).unwrap();
-    for key in ["ppl", "nll", "tokens", "ffn_skipped", "ffn_bytes_skipped", "kl_mean", "kl_p99", "same_top1"]
-    {
+    for key in [
+        "ppl",
+        "nll",
+        "tokens",
+        "ffn_skipped",
+        "ffn_bytes_skipped",
+        "output_bytes_skipped",
+        "kl_mean",
+        "kl_p99",
+        "same_top1",
+    ] {
         assert!(report[key].is_number(), "{key}: {report}");
     }
     assert_eq!(report["tokens"], 2 * 31);
@@ -443,6 +452,20 @@ fn a_calibration_is_learnt_from_texts_and_found_again() {
     assert!((0.1..0.5).contains(&skipped), "{report}");
     let error = skiff(&[&ppl[..], &skipping, &["0.99"]].concat()).error(2);
     assert!(error.contains("0.99") && error.contains("at most"), "{error}");
+}
+
+#[test]
+fn ppl_tells_how_much_of_the_output_matrix_was_left_unread() {
+    let Some(model) = common::smollm2() else { return };
+    let text = common::data("alice.txt");
+    let ppl = ["ppl", "-m", as_str(&model), "-f", as_str(&text), "-c", "256", "--chunks", "1"];
+    let report = |skip: &str| -> Value {
+        serde_json::from_str(&skiff(&[&ppl[..], &["--skip", skip, "--json"]].concat()).ok()).unwrap()
+    };
+    assert_eq!(report("off")["output_bytes_skipped"], 0.0);
+    let share = report("output")["output_bytes_skipped"].as_f64().unwrap();
+    assert!((0.35..0.5).contains(&share), "{share}");
+    assert!(skiff(&[&ppl[..], &["--skip", "output"]].concat()).ok().contains("output skipped"));
 }
 
 /// What the file says about sampling holds where no flag does; what makes no sense is an error that names it.

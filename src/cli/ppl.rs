@@ -133,6 +133,12 @@ fn table(output: &Output<'_>, args: &PplArgs) -> String {
         ("FFNs skipped", format!("{:.2} %", 100.0 * r.ffn_skipped)),
         ("FFN bytes skipped", format!("{:.2} %", 100.0 * r.ffn_bytes_skipped)),
     ];
+    if r.output_bytes_skipped != 0.0 {
+        rows.push((
+            "output skipped",
+            format!("{:.2} % of the matrix's bytes", 100.0 * r.output_bytes_skipped),
+        ));
+    }
     let mut optional = |name, value: Option<f64>, show: fn(f64) -> String| {
         rows.extend(value.map(|value| (name, show(value))));
     };

@@ -54,6 +54,8 @@ pub struct PerplexityReport {
     pub ffn_skipped: f64,
     /// Share of FFN weight bytes left unread if the tokens were decoded one by one.
     pub ffn_bytes_skipped: f64,
+    /// Share of the output matrix's bytes left unread, of tokens whose logits were shortlisted.
+    pub output_bytes_skipped: f64,
     /// Perplexity of the full model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ppl_full: Option<f64>,
@@ -115,8 +117,7 @@ pub fn perplexity(
     if let (Some(out), Some(path)) = (out, &options.logits_out) {
         out.finish().map_err(|error| EvalError::Io { path: path.clone(), error })?;
     }
-    let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
-    Ok(sums.report(test.stats(), ffn_bytes))
+    Ok(sums.report(test.stats(), model))
 }
 
 struct Run<'a> {
@@ -354,7 +355,7 @@ impl Sums {
         self.nll / self.tokens.max(1) as f64
     }
 
-    pub fn report(mut self, stats: &SkipStats, ffn_bytes: impl Fn(usize) -> u64) -> PerplexityReport {
+    pub fn report(mut self, stats: &SkipStats, model: &Model) -> PerplexityReport {
         let n = self.tokens.max(1) as f64;
         let nll = self.mean_nll();
         let variance = (self.nll_squared / n - nll * nll).max(0.0);
@@ -367,7 +368,8 @@ impl Sums {
             nll_error: (variance / n).sqrt(),
             tokens: self.tokens,
             ffn_skipped: stats.share(),
-            ffn_bytes_skipped: stats.weighted_share(ffn_bytes),
+            ffn_bytes_skipped: stats.weighted_share(|layer| model.layers()[layer].ffn.bytes() as u64),
+            output_bytes_skipped: model.output_share(stats),
             ppl_full: compared.then(|| (self.nll_full / n).exp()),
             kl_mean: compared.then(|| self.kl.iter().sum::<f64>() / n),
             kl_p99: p99,

@@ -328,8 +328,7 @@ impl<'e> Sweep<'e> {
     pub fn row(&self, i: usize, windows: usize) -> Row {
         let entry = &self.entries[i];
         let (full, model) = (self.engine.model(), self.states[entry.state].0.model());
-        let ffn_bytes = |layer: usize| model.layers()[layer].ffn.bytes() as u64;
-        let report = entry.sums.clone().report(&entry.stats, ffn_bytes);
+        let report = entry.sums.clone().report(&entry.stats, model);
         let full_ppl = report.ppl_full.unwrap_or(f64::NAN);
         let decoded = if entry.times.is_empty() { &entry.stats } else { &entry.decoded };
         let mut speedups: Vec<f64> = entry.times.iter().map(|(own, full)| full / own).collect();

@@ -12,6 +12,7 @@ use crate::ops::{
 use crate::quant::Matrix;
 use crate::quant::columns::{ColumnLayout, Touched};
 use crate::skip::{Cut, CutPlan, CutSide, Depth, LayerCut};
+use crate::weights::locked;
 
 /// A layer that may be cut.
 pub(super) struct PreparedCut {
@@ -156,6 +157,9 @@ impl Model {
             packed.push(of_cut.map_or_else(Vec::new, |layouts| layouts.pack(on, layer, forms, &mut memory)));
             cuts.push(cut.map(|cut| PreparedCut::new(on, layer, cut, layouts)));
             progress(i + 1, layers);
+        }
+        if self.locked {
+            locked("the FFNs laid out by columns", memory.bytes(), memory.lock())?;
         }
         let memory = memory.finish();
         for (cut, packed) in cuts.iter_mut().zip(packed) {

@@ -53,6 +53,8 @@ pub struct Model {
     stand_ins: Vec<StandIn>,
     /// What tells which logits must be exact; nothing until [`prepare_shortlist`](Self::prepare_shortlist).
     shortlist: Option<Shortlist>,
+    /// The weights are kept in memory, and so are copies that are made of them.
+    locked: bool,
     output_norm: Vec<f32>,
     /// `[vocab, embedding]`; the embedding itself where the file has no matrix of its own.
     output: Tensor,
@@ -79,7 +81,7 @@ impl Model {
         // Everything about the header is checked before the first weight is read.
         let mut weights = Self::load(path)?.weights;
         weights.bring_in(options, progress)?;
-        Self::of(weights)
+        Ok(Self { locked: options.mlock, ..Self::of(weights)? })
     }
 
     fn of(weights: Weights) -> Result<Self, ModelError> {
@@ -101,6 +103,7 @@ impl Model {
             column_forms: ColumnForms::None,
             stand_ins: Vec::new(),
             shortlist: None,
+            locked: false,
             output_norm,
             output,
             rope_frequencies,

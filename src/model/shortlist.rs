@@ -16,6 +16,7 @@ use crate::ops::{
 };
 use crate::quant::{self, Matrix};
 use crate::skip::{OutputCalibration, SkipStats};
+use crate::weights::locked;
 
 /// Type of the copy.
 const ROUGH: GgmlType = GgmlType::Q4_0;
@@ -159,7 +160,11 @@ impl Model {
             let scratch = || MatmulScratch::with_capacity(1, vocab.div_ceil(4 * threads));
             let mut scratch: Vec<_> = (0..threads).map(|_| scratch()).collect();
             let made = Shortlist::new(on, self.output.matrix(), known, &mut scratch);
-            self.shortlist = Some(made.map_err(ModelError::ShortlistMemory)?);
+            let mut made = made.map_err(ModelError::ShortlistMemory)?;
+            if self.locked {
+                locked("the copy of the output matrix", made.rough.len(), made.rough.lock())?;
+            }
+            self.shortlist = Some(made);
         }
         Ok(())
     }

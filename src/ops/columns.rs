@@ -1,5 +1,6 @@
 //! Matrices in column form, and their products with the chosen columns only.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -38,6 +39,16 @@ impl ColumnMemory {
     pub fn new<'l>(layouts: impl Iterator<Item = &'l ColumnLayout>) -> Result<Self, MemoryError> {
         let bytes = layouts.map(|l| (0..l.strips()).map(|s| strip_bytes(l, s)).sum::<usize>()).sum();
         Ok(Self { bytes: Pages::try_zeroed(bytes)?, used: 0 })
+    }
+
+    /// Bytes of it.
+    pub fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Keeps it in memory.
+    pub fn lock(&mut self) -> io::Result<()> {
+        self.bytes.lock()
     }
 
     /// The finished memory, to be shared by its matrices.

@@ -40,7 +40,7 @@ pub(super) struct Measured {
 
 impl Measured {
     pub fn report(self, model: &Model) -> PerplexityReport {
-        self.sums.report(&self.stats, |layer| model.layers()[layer].ffn.bytes() as u64)
+        self.sums.report(&self.stats, model)
     }
 }
 
