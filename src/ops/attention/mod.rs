@@ -354,6 +354,22 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_prompt_has_chunks_for_all_threads_if_its_rows_allow() {
+        let (few_heads, many_heads) = (
+            Shape { heads: 12, kv_heads: 2, head_dim: 128 },
+            Shape { heads: 32, kv_heads: 32, head_dim: 128 },
+        );
+        let chunks = |shape: Shape, rows: usize, threads: usize| {
+            rows.div_ceil(tiled_tokens(shape, rows, threads)) * shape.kv_heads
+        };
+        assert_eq!(tiled_tokens(few_heads, 512, 2), TILED_QUERY_ROWS / 6, "enough for two threads");
+        assert!(chunks(few_heads, 512, 8) >= 8 * CHUNKS_A_THREAD);
+        assert!(chunks(few_heads, 512, 16) >= 48, "no smaller than a quarter");
+        assert_eq!(tiled_tokens(many_heads, 512, 2), TILED_QUERY_ROWS);
+        assert_eq!(tiled_tokens(few_heads, 17, 64), 17, "all rows of a short prompt");
+    }
+
     fn naive(shape: Shape, first: usize, q: &[f32], k: &Plain, v: &Plain, rows: usize) -> Vec<f32> {
         let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
         let mut out = vec![0.0; rows * shape.heads * d];
