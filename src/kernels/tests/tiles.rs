@@ -243,3 +243,24 @@ fn attention_at_the_edge_of_integers_is_exact() {
         }
     }
 }
+
+/// What lies behind a query changes no bit of what it gets.
+#[test]
+fn attention_in_tiles_sees_nothing_of_later_positions() {
+    let (mut rng, dim, rows) = (Rng(71), 64, 300);
+    let positions = (rows - 1) / 3 + 1;
+    let q = rng.floats(rows * dim);
+    let (keys, values) = (rng.floats(positions * dim), rng.floats(positions * dim));
+    for k in kernels_under_test().into_iter().filter(Kernels::has_attention_tiles) {
+        let before = attended(k, &q, &keys, &values, dim, 0);
+        for seen in [1, 17, 40, 64, 99] {
+            let [mut keys, mut values] = [keys.clone(), values.clone()];
+            keys[seen * dim..].iter_mut().for_each(|x| *x *= -9.0);
+            values[seen * dim..].iter_mut().for_each(|x| *x = 1000.0 - *x);
+            let after = attended(k, &q, &keys, &values, dim, 0);
+            let n = 3 * seen * dim; // a position more for every three rows
+            assert!(before[..n] == after[..n], "{k:?}, {seen} positions");
+            assert!(before[n..] != after[n..]);
+        }
+    }
+}
