@@ -105,7 +105,21 @@ pub(super) struct Scales {
     /// `[position / 32][position]`
     pub keys: [[f32; STEP]; GROUPS],
     /// `[position / 32][position]`
-    pub values: [[f32; STEP]; GROUPS],
+    pub values: [ValueScales; GROUPS],
+}
+
+/// What the numbers of 32 values are worth: one over it, and its logarithm (of 2).
+#[derive(Clone, Copy, Default)]
+pub(super) struct ValueScales {
+    pub inverse: [f32; STEP],
+    pub log: [f32; STEP],
+}
+
+impl ValueScales {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // as this module
+    pub fn of(scale: [f32; STEP]) -> Self {
+        Self { inverse: scale.map(|scale| 1.0 / scale), log: scale.map(f32::log2) }
+    }
 }
 
 /// The functions of an instruction set; `unsafe` to call where the CPU lacks it.
@@ -116,9 +130,10 @@ pub(super) struct Functions {
     pub pack_columns:
         unsafe fn(rows: &[f32], dim: usize, factor: f32, to: &mut [Operand], scale: &mut [f32; STEP]),
     /// What the numbers of up to 32 rows of values are to be worth.
-    pub scale_values: unsafe fn(rows: &[f32], dim: usize, scale: &mut [f32; STEP]),
+    pub scale_values: unsafe fn(rows: &[f32], dim: usize, scales: &mut ValueScales),
     /// Up to 32 rows over these to a left operand whose rows are the columns from `first` on.
-    pub pack_turned: unsafe fn(rows: &[f32], dim: usize, first: usize, scale: &[f32; STEP], to: &mut Operand),
+    pub pack_turned:
+        unsafe fn(rows: &[f32], dim: usize, first: usize, scales: &ValueScales, to: &mut Operand),
     /// All queries meet keys and values, those of positions from `first` on.
     pub attend: unsafe fn(first: usize, &mut AttentionTiles),
     /// A block's sums divided by those of the weights, `[row][dim]`.
@@ -220,12 +235,12 @@ impl Kernels {
         assert!(values.len() == tiles.positions * dim);
         let functions = self.attention_functions();
         for (group, values) in values.chunks(STEP * dim).enumerate() {
-            let scale = &mut tiles.scales.values[group];
+            let scales = &mut tiles.scales.values[group];
             // SAFETY: the handle proves the ISA; these are up to 32 rows.
-            unsafe { (functions.scale_values)(values, dim, scale) };
+            unsafe { (functions.scale_values)(values, dim, scales) };
             for (step, to) in tiles.values.chunks_exact_mut(GROUPS).enumerate() {
                 // SAFETY: as above.
-                unsafe { (functions.pack_turned)(values, dim, step * STEP, scale, &mut to[group]) };
+                unsafe { (functions.pack_turned)(values, dim, step * STEP, scales, &mut to[group]) };
             }
         }
     }
@@ -312,7 +327,7 @@ pub(super) mod reference {
         pack(rows, dim, factor, false, to);
     }
 
-    fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &[f32; STEP], to: &mut Operand) {
+    fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &ValueScales, to: &mut Operand) {
         *to = Operand::ZERO;
         for (r, row) in rows.chunks_exact(dim).enumerate() {
             for (i, x) in row[first..].iter().take(STEP).enumerate() {
@@ -426,18 +441,19 @@ pub(super) mod reference {
             scale.iter_mut().for_each(|scale| *scale *= factor);
         }
 
-        fn scale_values(rows: &[f32], dim: usize, scale: &mut [f32; STEP]) {
-            *scale = [LEAST_VALUE; STEP];
-            for (row, scale) in rows.chunks_exact(dim).zip(scale) {
+        fn scale_values(rows: &[f32], dim: usize, scales: &mut ValueScales) {
+            let mut scale = [LEAST_VALUE; STEP];
+            for (row, scale) in rows.chunks_exact(dim).zip(&mut scale) {
                 *scale = row.iter().fold(*scale, |scale, x| scale.max(x.abs() / 8191.0));
             }
+            *scales = ValueScales::of(scale);
         }
 
-        fn pack_turned(rows: &[f32], dim: usize, first: usize, scale: &[f32; STEP], to: &mut Operand) {
+        fn pack_turned(rows: &[f32], dim: usize, first: usize, scales: &ValueScales, to: &mut Operand) {
             *to = Operand::ZERO;
             for (r, row) in rows.chunks_exact(dim).enumerate() {
                 for (i, x) in row[first..].iter().take(STEP).enumerate() {
-                    set(to, true, i, r, x / scale[r]);
+                    set(to, true, i, r, x * scales.inverse[r]);
                 }
             }
         }
@@ -462,7 +478,7 @@ pub(super) mod reference {
                         let sum: i32 = steps.map(|(k, q)| product(k, p % STEP, q, query)).sum();
                         let scale =
                             tiles.scales.keys[p / STEP][p % STEP] * tiles.scales.queries[block][query];
-                        sum as f32 * scale + tiles.scales.values[p / STEP][p % STEP].log2()
+                        sum as f32 * scale + tiles.scales.values[p / STEP].log[p % STEP]
                     };
                     let all = STEP * groups;
                     let n = (running.position[half][lane] as usize + 1).saturating_sub(first).min(all);
@@ -485,7 +501,7 @@ pub(super) mod reference {
                         for (p, score) in scores.iter().enumerate() {
                             let weight = (score - top + 13.0).exp2();
                             set(&mut weights, false, query, p, weight);
-                            total += weight * scale / tiles.scales.values[group][p];
+                            total += weight * scale * tiles.scales.values[group].inverse[p];
                         }
                         for &(i, row) in &rows {
                             let values = &tiles.values[i * GROUPS + group];

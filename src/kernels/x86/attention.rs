@@ -34,6 +34,7 @@ macro_rules! instantiate {
         pub(in crate::kernels) static ATTENTION: $crate::kernels::attention::Functions = {
             use $crate::kernels::attention::{
                 AttentionTiles, Functions, GROUPS, HALF, LEAST_VALUE, LOWEST, Operand, Running, STEP, Square,
+                ValueScales,
             };
             use $crate::kernels::x86::attention::{LENGTH, LIMIT, TINY, VALUE_LIMIT, WEIGHT_BITS};
             use $lanes::{
@@ -116,19 +117,20 @@ macro_rules! instantiate {
             }
 
             #[target_feature(enable = $features)]
-            fn scale_values(rows: &[f32], dim: usize, scale: &mut [f32; STEP]) {
-                *scale = [LEAST_VALUE; STEP];
-                for (row, scale) in rows.chunks_exact(dim).zip(scale) {
+            fn scale_values(rows: &[f32], dim: usize, scales: &mut ValueScales) {
+                let mut scale = [LEAST_VALUE; STEP];
+                for (row, scale) in rows.chunks_exact(dim).zip(&mut scale) {
                     let mut most = splat(0.0);
                     for col in (0..dim).step_by(HALF) {
                         most = max(most, abs(load_some(row, col)));
                     }
                     *scale = scale.max(reduce_max(most) / VALUE_LIMIT);
                 }
+                *scales = ValueScales::of(scale);
             }
 
             #[target_feature(enable = $features)]
-            fn pack_turned(rows: &[f32], dim: usize, first: usize, scale: &[f32; STEP], to: &mut Operand) {
+            fn pack_turned(rows: &[f32], dim: usize, first: usize, scales: &ValueScales, to: &mut Operand) {
                 let n = rows.len() / dim;
                 for half in 0..2 {
                     let (mut out, col) = ([zero(); HALF], first + HALF * half);
@@ -137,10 +139,8 @@ macro_rules! instantiate {
                         for i in 0..2 {
                             let r = r + HALF * i;
                             if r < n {
-                                two[i] = integers(mul(
-                                    load_some(&rows[r * dim..][..dim], col),
-                                    splat(1.0 / scale[r]),
-                                ));
+                                let value = load_some(&rows[r * dim..][..dim], col);
+                                two[i] = integers(mul(value, splat(scales.inverse[r])));
                             }
                         }
                         out[r] = pair(two[0], two[1]);
@@ -165,8 +165,6 @@ macro_rules! instantiate {
                     ..
                 } = tiles;
                 let mut of_weights = [[[0f32; HALF]; 2]; GROUPS];
-                let values_inverse = scales.values.map(|scales| scales.map(|scale| 1.0 / scale));
-                let values_log = scales.values.map(|scales| scales.map(f32::log2));
                 let blocks = queries.chunks_exact(steps).zip(sums.chunks_exact_mut(steps));
                 for ((queries, sums), (running, of_queries)) in
                     blocks.zip(running.iter_mut().zip(&scales.queries))
@@ -174,10 +172,10 @@ macro_rules! instantiate {
                     let groups = running.groups(first, *positions);
                     for group in 0..groups {
                         let keys = &keys[group * steps..][..steps];
-                        let of_keys = (&scales.keys[group], &values_log[group]);
+                        let of_keys = (&scales.keys[group], &scales.values[group].log);
                         score(keys, of_keys, queries, of_queries, &mut scores[group]);
                     }
-                    weigh(first, &scores[..groups], &values_inverse, running, sums, weights, &mut of_weights);
+                    weigh(first, &scores[..groups], &scales.values, running, sums, weights, &mut of_weights);
                     for (step, sums) in sums.iter_mut().enumerate() {
                         for group in 0..groups {
                             add_values(
@@ -274,7 +272,7 @@ macro_rules! instantiate {
             fn weigh(
                 first: usize,
                 scores: &[Square],
-                values_inverse: &[[f32; STEP]; GROUPS],
+                of_values: &[ValueScales; GROUPS],
                 running: &mut Running,
                 sums: &mut [Square],
                 weights: &mut [Operand],
@@ -309,7 +307,7 @@ macro_rules! instantiate {
                             for i in 0..2 {
                                 let weight = exp2(sub(scores[i], unit));
                                 totals[i] =
-                                    fma(weight, splat(values_inverse[group][HALF * i + row]), totals[i]);
+                                    fma(weight, splat(of_values[group].inverse[HALF * i + row]), totals[i]);
                                 two[i] = integers(weight);
                             }
                             store_row(&mut weights[group].0[0][half][row], pair(two[0], two[1]));

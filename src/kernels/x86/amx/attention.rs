@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 use std::mem;
 
 use crate::kernels::attention::{
-    AttentionTiles, GROUPS, HALF, LOWEST, Operand, Pairs, Running, STEP, Square,
+    AttentionTiles, GROUPS, HALF, LOWEST, Operand, Pairs, Running, STEP, Square, ValueScales,
 };
 use crate::kernels::x86::avx512vnni::attention::lanes::{
     exp2, load, load_i32, load_some, store as store_floats, store_row,
@@ -55,7 +55,7 @@ fn planes_of_rows(rows: &[f32], dim: usize, first: usize, col: usize, factor: f3
 /// See `kernels::attention::Functions`.
 #[target_feature(enable = "avx512f,avx512bw")]
 #[allow(clippy::needless_range_loop)] // adapters over two planes are calls
-pub(super) fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &[f32; STEP], to: &mut Operand) {
+pub(super) fn pack_turned(rows: &[f32], dim: usize, first: usize, _: &ValueScales, to: &mut Operand) {
     let n = rows.len() / dim;
     let row = |r: usize, col: usize| {
         if r < n { load_some(&rows[r * dim..][..dim], col) } else { _mm512_setzero_ps() }
