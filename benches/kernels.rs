@@ -92,7 +92,7 @@ fn multiply_tiles(
     for (weights, out) in weights.chunks_exact(PANEL_ROWS * row_bytes).zip(outs) {
         out.fill(0.0);
         for (chunk, col) in (0..COLS).step_by(chunk_cols(COLS)).enumerate() {
-            kernels.unpack_tiles(ty, weights, row_bytes, col..col + chunk_cols(COLS), panel);
+            kernels.unpack_tiles(ty, (weights, row_bytes), col..col + chunk_cols(COLS), false, panel);
             kernels.multiply_tiles(panel, x, chunk, out);
         }
         kernels.turn_tiles(out);
@@ -117,7 +117,7 @@ fn multiply(
         }
         out.fill(0.0);
         for col in (0..COLS).step_by(PANEL_COLS) {
-            kernels.unpack(ty, weights, row_bytes, col..col + PANEL_COLS, panel);
+            kernels.unpack(ty, (weights, row_bytes), col..col + PANEL_COLS, false, panel);
             kernels.gemm(panel, acts.from_col(0..acts.rows(), col), out);
         }
     }

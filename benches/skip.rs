@@ -300,7 +300,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let on = Compute { team: &team, kernels: best() };
     let (tokens, layers) = (ids(TOKENS, model.config().vocab), model.config().layers);
     let magnitudes = Magnitudes::of(model, on, &tokens);
-    let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers] };
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers], ..CutPlan::default() };
     let started = Instant::now();
     model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
     model.prepare_stand_ins(stand_ins(model)).unwrap();

@@ -37,7 +37,7 @@ fn policy(i: usize) -> Box<dyn SkipPolicy> {
 fn model(ty: GgmlType) -> Model {
     let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
     model.prepare_stand_ins(stand_ins(WIDE, 0.05)).unwrap();
-    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers], ..CutPlan::default() };
     let team = Team::new(1).unwrap();
     let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
     // By rows: columns are for one row alone, and round differently.

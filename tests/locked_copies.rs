@@ -37,7 +37,7 @@ fn copies_of_locked_weights_are_locked() {
             Err(error) => return eprintln!("SKIPPED: this process may not lock so much: {error}"),
         };
         let before = locked();
-        let plan = CutPlan { layers: vec![Some(LayerCut::default()); SHAPE.layers] };
+        let plan = CutPlan { layers: vec![Some(LayerCut::default()); SHAPE.layers], ..CutPlan::default() };
         let columns = match model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}) {
             Ok(()) => model.column_bytes(),
             Err(error) => return eprintln!("SKIPPED: this process may not lock so much: {error}"),

@@ -195,7 +195,7 @@ fn plan(shape: Shape, centre: f32) -> CutPlan {
     let depth = Depth { weight: wave(shape.embedding, 0.1), bias: 0.2 };
     let gate = wave(shape.ffn, 0.3).iter().map(|w| 0.5 + w).collect();
     let layer = LayerCut { depth, inputs: side(shape.embedding), inner: side(shape.ffn), gate };
-    CutPlan { layers: vec![Some(layer); shape.layers] }
+    CutPlan { layers: vec![Some(layer); shape.layers], ..CutPlan::default() }
 }
 
 fn prepared(ty: GgmlType, centre: f32, forms: ColumnForms) -> Model {
@@ -208,7 +208,10 @@ fn prepared(ty: GgmlType, centre: f32, forms: ColumnForms) -> Model {
 
 /// Logits and share of bytes unread of `model` under a cut.
 fn cut(model: &Model, threads: usize, batch: usize, cut: Cut) -> (Vec<f32>, f64) {
-    let tokens = ids(9, WIDE.vocab);
+    cut_tokens(model, &ids(9, WIDE.vocab), threads, batch, cut)
+}
+
+fn cut_tokens(model: &Model, tokens: &[u32], threads: usize, batch: usize, cut: Cut) -> (Vec<f32>, f64) {
     let team = Team::new(threads).unwrap();
     let mut logits = Vec::new();
     let on = Compute { team: &team, kernels: best() };
@@ -263,9 +266,57 @@ fn what_is_read_in_part_gives_what_rows_with_zeros_give() {
     }
 }
 
+/// A row alone reads columns coarsely, and many rows, which evaluation takes at a time, are multiplied so: here all that matter
+/// little, and hardly any is left out. Both give the same, and it is not what whole columns give.
+#[test]
+fn generation_reads_as_coarsely_as_evaluation_measures() {
+    let tokens = ids(40, WIDE.vocab);
+    let of = |model: &Model, batch, cut| cut_tokens(model, &tokens, 1, batch, cut);
+    for ty in [GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q4_K, GgmlType::Q6_K, GgmlType::Q5_K] {
+        let (fine, coarse) = (prepared(ty, 0.2, ColumnForms::All), coarsely(ty, 500.0));
+        let columns = Cut::Columns { inputs: 1e-3, inner: 1e-3 };
+        for (cut, least) in [(columns, 0.2), (Cut::Neurons { gate: 1e-3, inner: 1e-3 }, 0.05)] {
+            let (whole, fewer) = of(&fine, 1, cut);
+            let ((one_by_one, share), (many, counted)) = (of(&coarse, 1, cut), of(&coarse, 40, cut));
+            let (differs, distance) = (mean_distance(&many, &whole), mean_distance(&one_by_one, &many));
+            let what = format!("{ty} {cut:?}: {distance} of {differs}; {share} {counted} {fewer} unread");
+            assert!((counted - share).abs() < 0.01, "{what}");
+            if ty == GgmlType::Q5_K {
+                assert_eq!(
+                    (bits(&one_by_one), share),
+                    (bits(&whole), fewer),
+                    "{what}: it has no coarse columns"
+                );
+            } else {
+                assert!(share > fewer + least && distance < 0.3 * differs, "{what}");
+            }
+        }
+    }
+}
+
+/// A few rows read all of the matrices anyway, and none of them coarsely.
+#[test]
+fn a_few_rows_are_not_coarse() {
+    let (fine, coarse) = (prepared(GgmlType::Q4_1, 0.2, ColumnForms::All), coarsely(GgmlType::Q4_1, 3.0));
+    let [fine, coarse] = [&fine, &coarse].map(|model| cut(model, 1, 3, DEEP));
+    assert_eq!((bits(&fine.0), fine.1), (bits(&coarse.0), coarse.1));
+}
+
+fn coarsely(ty: GgmlType, coarse: f32) -> Model {
+    let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
+    let team = Team::new(2).unwrap();
+    let on = Compute { team: &team, kernels: best() };
+    let plan = CutPlan { coarse, ..plan(WIDE, 0.2) };
+    model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
+    model
+}
+
 #[test]
 fn cuts_do_not_depend_on_the_threads() {
     let model = prepared(GgmlType::Q4_K, 0.2, ColumnForms::All);
+    let one_and_three = |model: &Model| [1, 3].map(|threads| bits(&cut(model, threads, 1, DEEP).0));
+    let [one, three] = one_and_three(&coarsely(GgmlType::Q4_K, 2.0));
+    assert_eq!(one, three, "coarse columns");
     for (batch, deep) in [(1, DEEP), (1, FEW_NEURONS), (9, DEEP), (9, FEW_NEURONS)] {
         let [one, three] = [1, 3].map(|threads| bits(&cut(&model, threads, batch, deep).0));
         assert_eq!(one, three, "{batch} {deep:?}");
@@ -340,6 +391,9 @@ fn plans_that_do_not_fit_are_refused() {
         assert!(!model.has_cuts());
         error
     };
+    for coarse in [-1.0, f32::NAN, f32::INFINITY] {
+        assert!(matches!(refused(&|p| p.coarse = coarse), ModelError::CutCoarse { .. }), "{coarse}");
+    }
     assert!(matches!(refused(&|p| _ = p.layers.pop()), ModelError::CutLayers { found: 2, layers: 3 }));
     let shape = refused(&|p| _ = p.layers[1].as_mut().unwrap().inner.centre.pop());
     assert!(matches!(shape, ModelError::CutShape { layer: 1, found: 95, expected: 96, .. }), "{shape}");
@@ -412,7 +466,7 @@ fn some_rows_of_a_step_have_stand_ins_and_others_do_not() {
 #[test]
 fn where_no_stand_in_is_cheap_enough_columns_are_left_out() {
     let mut model = with_stand_ins(0.05);
-    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers] };
+    let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers], ..CutPlan::default() };
     let team = Team::new(1).unwrap();
     let on = Compute { team: &team, kernels: best() };
     for forms in [ColumnForms::None, ColumnForms::All] {

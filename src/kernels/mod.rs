@@ -248,19 +248,20 @@ impl Kernels {
         self.isa.functions.panels_from
     }
 
-    /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`; missing rows count as 0.
+    /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`, [coarsely](quant::coarsen) if that is asked for;
+    /// missing rows count as 0.
     ///
     /// `weights` holds whole rows of `row_bytes`; `cols` begins and ends at a block boundary.
     pub fn unpack(
         &self,
         ty: GgmlType,
-        weights: &[u8],
-        row_bytes: usize,
+        (weights, row_bytes): (&[u8], usize),
         cols: Range<usize>,
+        coarse: bool,
         panel: &mut Panel,
     ) {
         let rows = panel_rows(ty, weights, row_bytes, &cols);
-        panel.reshape(ty, cols.len());
+        panel.reshape(ty, cols.len(), coarse);
         let bytes = PanelBytes::new(ty, &cols, row_bytes);
         let (n, groups) = (cols.len(), panel.groups());
         bytes.fetch_first(weights.chunks_exact(row_bytes));
@@ -277,6 +278,9 @@ impl Kernels {
             // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each
             // weight and group of the blocks.
             unsafe { (self.isa.functions.unpack)(ty, &row[bytes.now.clone()], q, scale, min) };
+            if coarse {
+                quant::coarsen(ty, q, scale, min);
+            }
             bytes.fetch_next(row);
         }
         self.interleave(plain, n, &mut panel.q.0);
@@ -357,7 +361,7 @@ pub struct Panel {
     q: Box<Line>,
     /// `[group][row]`
     scale: Box<[f32]>,
-    /// `[group][row]`; of a type that has minima.
+    /// `[group][row]`; of a type that has minima, or coarse codes.
     min: Box<[f32]>,
 }
 
@@ -380,12 +384,13 @@ impl Default for Panel {
 }
 
 impl Panel {
-    fn reshape(&mut self, ty: GgmlType, cols: usize) {
+    fn reshape(&mut self, ty: GgmlType, cols: usize, coarse: bool) {
         self.cols = cols;
         self.group_len = quant::group_len(ty);
-        self.zero = quant::zero_point(ty);
+        let coarse = coarse && quant::coarse_step(ty).is_some();
+        self.zero = if coarse { 0 } else { quant::zero_point(ty) };
         self.max = max_q(ty);
-        self.has_min = quant::has_min(ty);
+        self.has_min = quant::has_min(ty) || coarse;
     }
 
     fn groups(&self) -> usize {

@@ -86,8 +86,10 @@ pub(super) struct Range16 {
 }
 
 impl Range16 {
-    pub fn of(ty: GgmlType) -> Self {
-        let (zero, max) = (i32::from(quant::zero_point(ty)), i32::from(super::max_q(ty)));
+    /// Of a type, or of what it is [coarsely](quant::coarsen).
+    pub fn of(ty: GgmlType, coarse: bool) -> Self {
+        let zero = if coarse { 0 } else { i32::from(quant::zero_point(ty)) };
+        let max = i32::from(super::max_q(ty));
         let (least, greatest) = (-zero, max - zero);
         let fits = |shift: &u32| least << shift >= -32768 && greatest << shift <= 32767;
         let shift = (8..15).rev().find(fits).expect("codes of 8 bits fit with 8 more");
@@ -240,7 +242,8 @@ impl Kernels {
         unsafe { (self.tile_functions().pack)(values, cols, to.tiles, to.scale) }
     }
 
-    /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`; missing rows count as 0.
+    /// Unpacks columns `cols` of up to [`PANEL_ROWS`] rows into `panel`, [coarsely](quant::coarsen) if that is asked for; missing
+    /// rows count as 0.
     ///
     /// `weights` holds whole rows of `row_bytes`; `cols` begins and ends at a block boundary.
     ///
@@ -249,19 +252,20 @@ impl Kernels {
     pub fn unpack_tiles(
         &self,
         ty: GgmlType,
-        weights: &[u8],
-        row_bytes: usize,
+        (weights, row_bytes): (&[u8], usize),
         cols: Range<usize>,
+        coarse: bool,
         panel: &mut TilePanel,
     ) {
         let rows = panel_rows(ty, weights, row_bytes, &cols);
         panel.cols = cols.len();
         let bytes = PanelBytes::new(ty, &cols, row_bytes);
+        let coarse = coarse && quant::coarse_step(ty).is_some();
         let form = Form {
             cols: cols.len(),
             group_len: quant::group_len(ty),
-            has_min: quant::has_min(ty),
-            range: Range16::of(ty),
+            has_min: quant::has_min(ty) || coarse,
+            range: Range16::of(ty, coarse),
         };
         let (n, groups) = (form.cols, form.cols / form.group_len);
         let tile_functions = self.tile_functions();
@@ -273,6 +277,9 @@ impl Kernels {
                 // SAFETY: the handle proves the ISA; `q` has a byte and the scales an element for each weight and group
                 // of the blocks.
                 unsafe { (self.isa.functions.unpack)(ty, &row[bytes.now.clone()], q, scale, min) };
+                if coarse {
+                    quant::coarsen(ty, q, scale, min);
+                }
                 bytes.fetch_next(row);
             }
             // SAFETY: the handle proves the ISA; the panel has room for `PANEL_COLS` columns of `PANEL_ROWS` rows.

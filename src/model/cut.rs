@@ -23,6 +23,8 @@ pub(super) struct PreparedCut {
     down_base: Vec<f32>,
     /// `None` where a matrix is not quantised: nothing is saved then.
     layouts: Option<Layouts>,
+    /// Up to how many times a threshold columns are read coarsely, of gate and up, and of down; 0: none.
+    coarse: [f32; 2],
     columns: Columns,
 }
 
@@ -93,7 +95,53 @@ pub(super) struct CutScratch {
     factors: Vec<AtomicU32>,
     /// Rows of up that each row wants: numbers, in the same form.
     wanted: Vec<AtomicU32>,
+    /// Bits of the inputs, and of the neurons, whose columns are read coarsely, of a step of one row.
+    coarse_inputs: Vec<AtomicU32>,
+    coarse_inner: Vec<AtomicU32>,
+    /// Of many rows, what meets matrices in full, and what meets them coarsely.
+    apart: Apart,
     read: Vec<Read>,
+}
+
+/// Rows of activations, taken apart.
+struct Apart {
+    fine: Inputs,
+    coarse: Inputs,
+}
+
+impl Default for Apart {
+    fn default() -> Self {
+        Self { fine: Inputs::default().by_panels(true), coarse: Inputs::coarsely() }
+    }
+}
+
+impl Apart {
+    /// Takes the rows `x` apart: what is below the threshold of each, and what is not.
+    fn take(&mut self, on: Compute<'_>, side: &CutSide, x: &Inputs, threshold: impl Fn(usize) -> f32 + Sync) {
+        let n = x.cols();
+        for (inputs, below) in [(&mut self.fine, false), (&mut self.coarse, true)] {
+            inputs.reshape(x.rows(), n);
+            inputs.fill(on, |r, out| side.select(threshold(r), below, &x.values()[r * n..][..n], out));
+        }
+    }
+
+    /// What was taken apart, if it was, or else `x`.
+    fn or<'x>(&'x self, x: &'x Inputs, apart: bool) -> (&'x Inputs, Option<&'x Inputs>) {
+        if apart { (&self.fine, Some(&self.coarse)) } else { (x, None) }
+    }
+
+    /// `out = W fine + coarsened(W) coarse + bias`
+    fn matmul(
+        &self,
+        on: Compute<'_>,
+        stack: &[Matrix<'_>],
+        bias: &[f32],
+        out: &mut [f32],
+        m: &mut [MatmulScratch],
+    ) {
+        matmul(on, stack, &self.fine, Epilogue::Bias(bias), out, m);
+        matmul(on, stack, &self.coarse, Epilogue::Add, out, m);
+    }
 }
 
 impl CutScratch {
@@ -112,6 +160,9 @@ impl CutScratch {
             columns,
             factors: (0..batch).map(|_| AtomicU32::default()).collect(),
             wanted: (0..batch).map(|_| AtomicU32::default()).collect(),
+            coarse_inputs: (0..d.div_ceil(32)).map(|_| AtomicU32::default()).collect(),
+            coarse_inner: (0..ffn.div_ceil(32)).map(|_| AtomicU32::default()).collect(),
+            apart: Apart::default(),
             read: Vec::with_capacity(batch),
         }
     }
@@ -120,7 +171,8 @@ impl CutScratch {
 impl Model {
     /// Makes the layers of `plan` ready to be cut: checks their vectors, multiplies the centres with the weights, and
     /// lays matrices of their FFNs out by columns, so that what is cut is not read. That takes about as much memory as
-    /// those matrices have ([`column_bytes`](Self::column_bytes)), besides the file's own, which prompts still use.
+    /// those matrices have ([`column_bytes`](Self::column_bytes)), and half as much again where columns can be read coarsely,
+    /// besides the file's own, which prompts still use.
     /// `progress(layers done, layers)` is called after each.
     ///
     /// States made before do not have the buffers of a cut: call this first.
@@ -139,6 +191,9 @@ impl Model {
         if plan.layers.len() != layers {
             return Err(ModelError::CutLayers { found: plan.layers.len(), layers });
         }
+        if !(plan.coarse >= 0.0 && plan.coarse.is_finite()) {
+            return Err(ModelError::CutCoarse { found: plan.coarse });
+        }
         for (i, cut) in plan.layers.iter().enumerate() {
             let Some(cut) = cut else { continue };
             check_depth(i, &cut.depth, self.config.embedding)?;
@@ -146,7 +201,8 @@ impl Model {
             check_side(i, &cut.inner, ["centre of neurons", "weight of neurons"], self.config.ffn)?;
             check_weight(i, &cut.gate, "weight of gates", self.config.ffn)?;
         }
-        let layouts: Vec<_> = self.layers.iter().map(Layouts::new).collect();
+        let factor = plan.coarse;
+        let layouts: Vec<_> = self.layers.iter().map(|layer| Layouts::new(layer, factor > 0.0)).collect();
         let needed = layouts.iter().zip(&plan.layers).filter(|(_, cut)| cut.is_some());
         let needed = needed.filter_map(|(layouts, _)| layouts.as_ref());
         let mut memory = ColumnMemory::new(needed.flat_map(|l| l.of(forms)))?;
@@ -155,7 +211,7 @@ impl Model {
             let layer = &self.layers[i];
             let of_cut = layouts.as_ref().filter(|_| cut.is_some());
             packed.push(of_cut.map_or_else(Vec::new, |layouts| layouts.pack(on, layer, forms, &mut memory)));
-            cuts.push(cut.map(|cut| PreparedCut::new(on, layer, cut, layouts)));
+            cuts.push(cut.map(|cut| PreparedCut::new(on, layer, cut, layouts, factor)));
             progress(i + 1, layers);
         }
         if self.locked {
@@ -204,7 +260,7 @@ impl Model {
         let c = &self.config;
         let observed = parts.iter().any(Part::observed);
         let (rows, plan) = (&s.cut_rows[..], &prepared.plan);
-        let (cuts, factors) = (&mut s.cuts[..], &s.cut.factors[..]);
+        let (cuts, factors, coarse) = (&mut s.cuts[..], &s.cut.factors[..], &s.cut.coarse_inputs[..]);
         s.cut.read.clear();
         s.cut.read.resize(rows.len(), Read::default());
         rms_norm_then(on, &s.x, rows, &layer.ffn.norm, c.norm_eps, &mut s.normed, |i, x| {
@@ -212,7 +268,11 @@ impl Model {
             let product = if depth.weight.is_empty() { 0.0 } else { on.kernels.dot_f32(&depth.weight, x) };
             let factor = depth.factor(product);
             factors[i].store(factor.to_bits(), Ordering::Relaxed);
-            plan.inputs.apply(cuts[i].inputs() * factor, x);
+            let threshold = cuts[i].inputs() * factor;
+            plan.inputs.apply(threshold, x);
+            if rows.len() == 1 && prepared.coarse[0] > 0.0 {
+                plan.inputs.below(threshold * prepared.coarse[0], 0, x, store_in(coarse));
+            }
         });
         for (cut, factor) in cuts.iter_mut().zip(factors) {
             *cut = cut.times(f32::from_bits(factor.load(Ordering::Relaxed)));
@@ -220,7 +280,7 @@ impl Model {
         s.inner.reshape(rows.len(), c.ffn);
         prepared.gate_up(on, layer, &s.normed, cuts, &mut s.cut, &mut s.matmul, &mut s.inner);
         let out = &mut s.ffn_out[..rows.len() * c.embedding];
-        prepared.down(on, layer, &s.inner, &mut s.cut, &mut s.matmul, out);
+        prepared.down(on, layer, &s.inner, cuts, &mut s.cut, &mut s.matmul, out);
         if observed {
             observe(on, &s.x, rows, out, &s.owners, parts, index);
         }
@@ -230,6 +290,27 @@ impl Model {
             stats.unread(index, prepared.unread(layer, read));
         }
     }
+}
+
+impl Layer {
+    /// Up to how many times a threshold a plan with the factor `coarse` has columns read coarsely, and the share of their bytes
+    /// that this saves: of gate and up, and of down.
+    pub fn coarse(&self, coarse: f32) -> [(f32, f64); 2] {
+        let Some(layouts) = Layouts::new(self, coarse > 0.0) else { return [(0.0, 0.0); 2] };
+        let (factors, saves) = (layouts.coarse(coarse), [&layouts.gate, &layouts.down]);
+        let share = |i: usize| f64::from(saves[i].coarse_saves());
+        [0, 1].map(|i| (factors[i], share(i) / (1.0 + share(i))))
+    }
+}
+
+/// Writes bits to their place among those of all 32s.
+fn store_in(bits: &[AtomicU32]) -> impl FnMut(usize, u32) {
+    |n, of_these| bits[n].store(of_these, Ordering::Relaxed)
+}
+
+/// Reads them; none, if there are no coarse columns.
+fn read_from(bits: &[AtomicU32], coarse: f32) -> impl Fn(usize) -> u32 {
+    move |n| if coarse > 0.0 { bits[n].load(Ordering::Relaxed) } else { 0 }
 }
 
 fn check_side(layer: usize, side: &CutSide, names: [&'static str; 2], n: usize) -> Result<(), ModelError> {
@@ -273,11 +354,12 @@ fn check_depth(layer: usize, depth: &Depth, n: usize) -> Result<(), ModelError> 
 }
 
 impl PreparedCut {
-    fn new(on: Compute<'_>, layer: &Layer, plan: LayerCut, layouts: Option<Layouts>) -> Self {
+    fn new(on: Compute<'_>, layer: &Layer, plan: LayerCut, layouts: Option<Layouts>, coarse: f32) -> Self {
         let (gate, up, down) = (layer.ffn.gate.matrix(), layer.ffn.up.matrix(), layer.ffn.down.matrix());
         let gate_up_base = base(on, &[gate, up], &plan.inputs);
         let down_base = base(on, &[down], &plan.inner);
-        Self { plan, gate_up_base, down_base, layouts, columns: Columns::default() }
+        let coarse = layouts.as_ref().map_or([0.0; 2], |layouts| layouts.coarse(coarse));
+        Self { plan, gate_up_base, down_base, layouts, coarse, columns: Columns::default() }
     }
 
     /// `cut(silu(W_gate x) * W_up x)` of the rows `x`. A single row reads what it needs; several need nearly all, and the
@@ -314,10 +396,12 @@ impl PreparedCut {
         s: &mut CutScratch,
         inner: &mut Inputs,
     ) {
-        x.choose_columns(gate.layout().group_len(), 0, &mut s.inputs);
+        let coarse = read_from(&s.coarse_inputs, self.coarse[0]);
+        x.choose_columns(gate.layout().group_len(), 0, coarse, &mut s.inputs);
         let (list, out, bias) = (&s.inputs, inner.values_mut(), &self.gate_up_base);
+        let coarse = &s.coarse_inner;
         swiglu_columns(on, gate, up, list, bias, &mut s.columns, out, |first, inner| {
-            self.plan.inner.apply_from(threshold, first, inner);
+            self.cut_inner(threshold, first, inner, coarse);
         });
         inner.quantize(on);
         s.read[0].gate_up = GateUpRead::Columns(s.inputs.touched());
@@ -341,13 +425,23 @@ impl PreparedCut {
             plan.list_neurons(of_gate, first, gate, list, inner);
             wanted.fetch_add(list.len(), Ordering::Relaxed);
         };
-        let then = |first, inner: &mut [f32]| plan.inner.apply_from(of_inner, first, inner);
+        let coarse = &s.coarse_inner;
+        let then = |first, inner: &mut [f32]| self.cut_inner(of_inner, first, inner, coarse);
         matmul_swiglu_chosen(on, matrices, x, bias, out, m, choose, then);
         inner.quantize(on);
         s.read[0].gate_up = GateUpRead::Rows(wanted.into_inner());
     }
 
-    /// With zeros for what is cut.
+    /// Cuts neurons of a single row, from `first` on, and marks those whose columns of down are to be read coarsely.
+    fn cut_inner(&self, threshold: f32, first: usize, inner: &mut [f32], coarse: &[AtomicU32]) {
+        self.plan.inner.apply_from(threshold, first, inner);
+        if self.coarse[1] > 0.0 {
+            self.plan.inner.below(threshold * self.coarse[1], first, inner, store_in(coarse));
+        }
+    }
+
+    /// With zeros for what is cut. Many rows are multiplied coarsely where a single one would be: so evaluation measures what
+    /// generation does. A few are not, which costs them nothing.
     #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
     fn gate_up_dense(
         &self,
@@ -362,7 +456,13 @@ impl PreparedCut {
         let (n, ffn) = (x.rows(), layer.ffn.gate.rows());
         let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
         let gate_up = &mut s.gate_up[..n * 2 * ffn];
-        matmul(on, &stack, x, Epilogue::Bias(&self.gate_up_base), gate_up, m);
+        let apart = x.are_many() && self.coarse[0] > 0.0;
+        if apart {
+            s.apart.take(on, &self.plan.inputs, x, |r| cuts[r].inputs() * self.coarse[0]);
+            s.apart.matmul(on, &stack, &self.gate_up_base, gate_up, m);
+        } else {
+            matmul(on, &stack, x, Epilogue::Bias(&self.gate_up_base), gate_up, m);
+        }
         let (gate_up, wanted) = (&*gate_up, &s.wanted);
         inner.fill(on, |i, inner| {
             let (gate, up) = gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
@@ -381,10 +481,13 @@ impl PreparedCut {
             self.plan.inner.apply(threshold, inner);
         });
         let Some(layouts) = &self.layouts else { return };
+        let (x, coarse) = s.apart.or(x, apart);
         on.team.for_plain_tiles(&mut s.read, 1, (16, 1), |mut tile| {
             for r in tile.rows() {
                 tile.row(r)[0].gate_up = match cuts[r] {
-                    Cut::Columns { .. } => GateUpRead::Columns(x.touched(r, layouts.gate.group_len())),
+                    Cut::Columns { .. } => {
+                        GateUpRead::Columns(x.touched(coarse, r, layouts.gate.group_len()))
+                    }
                     Cut::Neurons { .. } => GateUpRead::Rows(wanted[r].load(Ordering::Relaxed) as usize),
                 };
             }
@@ -392,27 +495,37 @@ impl PreparedCut {
     }
 
     /// Down of the rows `x`; see [`gate_up`](Self::gate_up).
+    #[allow(clippy::too_many_arguments)] // parts of one state, borrowed apart
     fn down(
         &self,
         on: Compute<'_>,
         layer: &Layer,
         x: &Inputs,
+        cuts: &[Cut],
         s: &mut CutScratch,
         m: &mut [MatmulScratch],
         out: &mut [f32],
     ) {
         let bias = &self.down_base;
         if let Some(down) = self.columns.down.as_ref().filter(|_| x.rows() == 1 && !x.are_many()) {
-            x.choose_columns(down.layout().group_len(), 0, &mut s.inner);
+            let coarse = read_from(&s.coarse_inner, self.coarse[1]);
+            x.choose_columns(down.layout().group_len(), 0, coarse, &mut s.inner);
             matmul_columns(on, down, &s.inner, bias, &mut s.columns, out);
             s.read[0].down = s.inner.touched();
             return;
         }
-        matmul(on, &[layer.ffn.down.matrix()], x, Epilogue::Bias(bias), out, m);
+        let (stack, apart) = ([layer.ffn.down.matrix()], x.are_many() && self.coarse[1] > 0.0);
+        if apart {
+            s.apart.take(on, &self.plan.inner, x, |r| cuts[r].inner() * self.coarse[1]);
+            s.apart.matmul(on, &stack, bias, out, m);
+        } else {
+            matmul(on, &stack, x, Epilogue::Bias(bias), out, m);
+        }
         let Some(layouts) = &self.layouts else { return };
+        let (x, coarse) = s.apart.or(x, apart);
         on.team.for_plain_tiles(&mut s.read, 1, (16, 1), |mut tile| {
             for r in tile.rows() {
-                tile.row(r)[0].down = x.touched(r, layouts.down.group_len());
+                tile.row(r)[0].down = x.touched(coarse, r, layouts.down.group_len());
             }
         });
     }
@@ -429,12 +542,22 @@ impl PreparedCut {
 }
 
 impl Layouts {
-    /// `None` if a type has no column form, or gate and up do not share lists of columns.
-    fn new(layer: &Layer) -> Option<Self> {
+    /// `None` if a type has no column form, or gate and up do not share lists of columns. Where columns are to be `coarse`, those
+    /// of gate and up are if both can be.
+    fn new(layer: &Layer, coarse: bool) -> Option<Self> {
         let layout = |m: Matrix<'_>| ColumnLayout::new(m.ty(), m.rows_len(), m.cols());
-        let (gate, up) = (layout(layer.ffn.gate.matrix())?, layout(layer.ffn.up.matrix())?);
-        let down = layout(layer.ffn.down.matrix())?;
+        let coarsely = |layout: ColumnLayout| layout.with_coarse(coarse);
+        let both = [&layer.ffn.gate, &layer.ffn.up].map(|m| layout(m.matrix()));
+        let coarse_pair = both.iter().flatten().all(|l| l.clone().with_coarse(coarse).is_coarse());
+        let [gate, up] = both.map(|l| l.map(|l| l.with_coarse(coarse_pair)));
+        let (gate, up, down) = (gate?, up?, layout(layer.ffn.down.matrix()).map(coarsely)?);
         (gate.group_len() == up.group_len()).then_some(Self { gate, up, down })
+    }
+
+    /// Up to how many times a threshold columns are read coarsely, of gate and up, and of down, where it is `factor` times if
+    /// that saves half of a column: it goes with the root of what is saved in units of what is read ([`CutPlan::COARSE`]).
+    fn coarse(&self, factor: f32) -> [f32; 2] {
+        [&self.gate, &self.down].map(|l| if l.is_coarse() { factor * l.coarse_saves().sqrt() } else { 0.0 })
     }
 
     /// Those of `forms`, of down, gate and up.

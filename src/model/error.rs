@@ -28,6 +28,10 @@ pub enum ModelError {
         "the context is full: {needed} tokens do not fit in {context} (-c sets the size, --context-shift drops the oldest)"
     )]
     ContextFull { needed: usize, context: usize },
+    #[error(
+        "the cut plan reads columns coarsely below {found} times a threshold, expected a finite number of at least 0"
+    )]
+    CutCoarse { found: f32 },
     #[error("the cut plan has {found} layers, the model {layers}")]
     CutLayers { found: usize, layers: usize },
     #[error("the cut plan's {what} of layer {layer} has {found} entries, expected {expected} or none")]

@@ -116,7 +116,7 @@ impl ColumnMatrix {
 
     /// Parts of the columns whose products are summed apart: they depend on the matrix alone, and so does the result.
     fn parts(&self) -> usize {
-        let parts = self.bytes().div_ceil(PART_BYTES).next_power_of_two().max(LEAST_PARTS);
+        let parts = self.layout.bytes().div_ceil(PART_BYTES).next_power_of_two().max(LEAST_PARTS);
         let groups = self.layout.groups();
         groups.div_ceil(groups.div_ceil(parts))
     }
@@ -300,7 +300,7 @@ mod tests {
             let mut bytes = vec![0; ty.row_bytes(cols) * outputs];
             quant::quantize_row(ty, &wave(cols * outputs, 0.61), &mut bytes);
             let matrix = Matrix::new(ty, outputs, cols, &bytes).unwrap();
-            let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
+            let layout = ColumnLayout::new(ty, outputs, cols).unwrap().with_coarse(true);
             let run = |threads: usize| {
                 let team = Team::new(threads).unwrap();
                 let on = Compute { team: &team, kernels };
@@ -311,7 +311,7 @@ mod tests {
                 x.values_mut().copy_from_slice(&wave(cols, 0.37));
                 x.quantize(on);
                 let (mut list, mut scratch) = (ColumnList::default(), ColumnScratch::default());
-                x.choose_columns(layout.group_len(), 0, &mut list);
+                x.choose_columns(layout.group_len(), 0, |_| 0x1248_8421, &mut list);
                 scratch.reserve([&matrix].into_iter());
                 let (mut out, mut inner) = (vec![0.0; outputs], vec![0.0; outputs]);
                 matmul_columns(on, &matrix, &list, &[], &mut scratch, &mut out);

@@ -265,6 +265,7 @@ fn product(
     let n = rows.len();
     let (part_rows, stride) = part_len(x, n);
     let many = x.are_many();
+    debug_assert!(many || !x.coarse, "only unpacked weights are coarse");
     // The second terms of a few rows have sums of their own at first.
     let sums = part_rows * stride * n.div_ceil(stride) * if x.two_terms && !many { 2 } else { 1 };
     if scratch.acc.len() < sums {
@@ -322,12 +323,12 @@ fn add_panel(
     acc: &mut [f32],
 ) {
     if x.in_tiles {
-        on.kernels.unpack_tiles(w.ty(), weights, w.row_bytes(), cols, tiles);
+        on.kernels.unpack_tiles(w.ty(), (weights, w.row_bytes()), cols, x.coarse, tiles);
         on.kernels.multiply_tiles(tiles, &x.tiles, chunk, acc);
         return;
     }
     let from = cols.start;
-    on.kernels.unpack(w.ty(), weights, w.row_bytes(), cols, panel);
+    on.kernels.unpack(w.ty(), (weights, w.row_bytes()), cols, x.coarse, panel);
     for term in 0..1 + usize::from(x.two_terms) {
         let rows = term * x.rows..(term + 1) * x.rows;
         on.kernels.gemm(panel, x.q8.from_col(rows, from), acc);

@@ -46,6 +46,8 @@ pub struct Inputs {
     by_panels: bool,
     /// Whether matrices are unpacked for them.
     many: bool,
+    /// Whether they meet matrices by the upper bits of their codes alone.
+    coarse: bool,
     /// In place of `q8` if `in_tiles`.
     tiles: TileInputs,
     in_tiles: bool,
@@ -71,6 +73,11 @@ impl Inputs {
     pub fn by_panels(mut self, by_panels: bool) -> Self {
         self.by_panels = by_panels;
         self
+    }
+
+    /// Rows for which matrices are unpacked, and [coarsely](crate::quant::coarsen).
+    pub fn coarsely() -> Self {
+        Self { by_panels: true, coarse: true, ..Self::default() }
     }
 
     /// Whether unpacking panels of a matrix pays, or was asked for. Fewer rows, [`FEW_TOKENS`](crate::kernels::FEW_TOKENS) at
@@ -106,17 +113,27 @@ impl Inputs {
         &mut self.f32[..self.rows * self.cols]
     }
 
-    /// What a product of row `row` by its columns that are not zero would touch.
-    pub fn touched(&self, row: usize, group_len: usize) -> Touched {
+    /// What a product of row `row` by its columns that are not zero would touch, and coarsely by those of the same row of
+    /// `coarse`.
+    pub fn touched(&self, coarse: Option<&Self>, row: usize, group_len: usize) -> Touched {
+        let values = |x: &'_ Self| row * x.cols..(row + 1) * x.cols;
         if self.in_tiles {
-            return touched_values(&self.values()[row * self.cols..][..self.cols], group_len);
+            let coarse = coarse.map(|x| &x.values()[values(x)]);
+            return touched_values(&self.values()[values(self)], coarse, group_len);
         }
-        touched(self.q8.row(row), group_len)
+        touched(self.q8.row(row), coarse.map(|x| x.q8.row(row)), group_len)
     }
 
-    /// The columns of row `row` that are not zero, for matrices with groups of `group_len` columns.
-    pub fn choose_columns(&self, group_len: usize, row: usize, list: &mut ColumnList) {
-        list.choose(self.q8.row(row), group_len);
+    /// The columns of row `row` that are not zero, for matrices with groups of `group_len` columns; of every 32, those of
+    /// the bits that `coarse` gives are to be read coarsely.
+    pub fn choose_columns(
+        &self,
+        group_len: usize,
+        row: usize,
+        coarse: impl Fn(usize) -> u32,
+        list: &mut ColumnList,
+    ) {
+        list.choose(self.q8.row(row), group_len, coarse);
     }
 
     /// Quantises what was written to [`values_mut`](Self::values_mut).

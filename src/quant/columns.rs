@@ -13,7 +13,13 @@
 //!          high[width * high_bits / 8]                       its upper 1 or 2 bits
 //! ```
 //!
-//! so that a column of a strip is a run of kilobytes, and all of it, if all is chosen, one sequential read. `min` is
+//! (and, of matrices that are to be read coarsely, behind the columns of a group
+//!
+//! ```text
+//! coarse[group_len]    the two upper bits of each code: width / 4 bytes a column
+//! ```
+//!
+//! unless the high part has them anyway), so that a column of a strip is a run of kilobytes, and all of it, if all is chosen, one sequential read. `min` is
 //! there for types that have one. Scales and mins are read for a group of which only a single column is chosen, so
 //! they are kept small: a byte each, spread evenly up to the greatest that an output has,
 //!
@@ -34,7 +40,7 @@
 
 use std::ops::Range;
 
-use super::{Matrix, group_len, has_min, is_quantised, unpack_row, unpack_scales};
+use super::{Matrix, coarse_step, group_len, has_min, is_quantised, unpack_row, unpack_scales};
 use crate::gguf::GgmlType;
 
 /// Outputs of a tile: two cache lines of 4-bit codes a column, and 16 registers of 16 sums.
@@ -45,6 +51,8 @@ pub const STRIP: usize = 64 * TILE;
 const HALF_TILE: usize = TILE / 2;
 /// Bytes of a cache line.
 const LINE: usize = 64;
+/// Bits of a code that are read of a coarse column.
+const COARSE_BITS: usize = 2;
 /// Columns that are packed at a time: a whole number of blocks of every type.
 pub const SPAN: usize = super::MAX_BLOCK_LEN;
 
@@ -54,6 +62,7 @@ pub struct ColumnLayout {
     ty: GgmlType,
     outputs: usize,
     cols: usize,
+    coarse: bool,
 }
 
 /// How the codes of a type are stored.
@@ -77,6 +86,19 @@ pub struct Touched {
     pub groups: usize,
     /// Chosen columns.
     pub columns: usize,
+    /// Those of them that are read coarsely.
+    pub coarse: usize,
+}
+
+/// Where the upper bits of a strip's codes are: those of column `c` of a group begin `at + c * stride` bytes behind the
+/// group's beginning, and are in the order of [`ColumnLayout::high_place`] with two bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Coarse {
+    pub at: usize,
+    pub stride: usize,
+    /// How many codes share them ([`coarse_step`]).
+    pub step: u8,
 }
 
 /// A strip, borrowed.
@@ -101,13 +123,32 @@ pub struct ColumnStrip<'a> {
     pub column_bytes: usize,
     /// Bytes of its low part.
     pub low_bytes: usize,
+    /// If columns can be read coarsely.
+    pub coarse: Option<Coarse>,
 }
 
 impl ColumnLayout {
     /// The layout of a matrix of `outputs x cols`; `None` for types that are not quantised.
     pub fn new(ty: GgmlType, outputs: usize, cols: usize) -> Option<Self> {
         let fits = is_quantised(ty) && cols.is_multiple_of(32) && outputs > 0;
-        fits.then_some(Self { ty, outputs, cols })
+        fits.then_some(Self { ty, outputs, cols, coarse: false })
+    }
+
+    /// The same with columns that can be read coarsely, if the type has such.
+    pub fn with_coarse(self, coarse: bool) -> Self {
+        Self { coarse: coarse && coarse_step(self.ty).is_some(), ..self }
+    }
+
+    /// Whether columns can be read coarsely.
+    pub fn is_coarse(&self) -> bool {
+        self.coarse
+    }
+
+    /// What the bytes that a coarse column spares are in units of those that it has.
+    pub fn coarse_saves(&self) -> f32 {
+        let width = self.outputs.next_multiple_of(HALF_TILE);
+        let coarse = width * COARSE_BITS / 8;
+        (self.column_bytes(width) as f32 - coarse as f32) / coarse as f32
     }
 
     /// Number of outputs.
@@ -171,8 +212,19 @@ impl ColumnLayout {
         width * (1 + usize::from(has_min(self.ty)))
     }
 
+    /// Where coarse columns are in a group.
+    fn coarse(&self, width: usize) -> Option<Coarse> {
+        let step = coarse_step(self.ty).filter(|_| self.coarse)?;
+        let (columns, (low, high)) = (self.scale_bytes(width), self.parts(width));
+        Some(match high {
+            0 => Coarse { at: columns + self.group_len() * low, stride: coarse_bytes(width), step },
+            _ => Coarse { at: columns + low, stride: self.column_bytes(width), step },
+        })
+    }
+
     fn group_bytes(&self, width: usize) -> usize {
-        self.scale_bytes(width) + self.group_len() * self.column_bytes(width)
+        let coarse = if self.coarse && self.parts(width).1 == 0 { coarse_bytes(width) } else { 0 };
+        self.scale_bytes(width) + self.group_len() * (self.column_bytes(width) + coarse)
     }
 
     /// Floats of a strip's heads.
@@ -190,9 +242,9 @@ impl ColumnLayout {
         SPAN / self.group_len() * self.group_bytes(self.width(strip))
     }
 
-    /// Bytes of everything.
+    /// Bytes of everything but coarse columns.
     pub fn bytes(&self) -> usize {
-        self.bytes_read(Touched { groups: self.groups(), columns: self.cols })
+        self.bytes_read(Touched { groups: self.groups(), columns: self.cols, coarse: 0 })
     }
 
     /// Bytes that a product reads which touches so many groups and columns.
@@ -201,7 +253,8 @@ impl ColumnLayout {
             let width = self.width(s);
             4 * self.heads(s)
                 + touched.groups * self.scale_bytes(width)
-                + touched.columns * self.column_bytes(width)
+                + (touched.columns - touched.coarse) * self.column_bytes(width)
+                + touched.coarse * width * COARSE_BITS / 8
         };
         (0..self.strips()).map(strip).sum()
     }
@@ -228,6 +281,7 @@ impl ColumnLayout {
             group_bytes,
             column_bytes: self.column_bytes(width),
             low_bytes: self.parts(width).0,
+            coarse: self.coarse(width),
         }
     }
 
@@ -266,6 +320,13 @@ impl ColumnLayout {
         (16 * (lane % lanes) + 4 * (a % 8 / 2) + e, high * field)
     }
 
+    /// Where the upper bits of output `o` of a strip of `width` are in a coarse column: byte and shift.
+    fn coarse_place(width: usize, o: usize) -> (usize, usize) {
+        let tile = o / TILE;
+        let (byte, bit) = Self::high_place(COARSE_BITS, (width - tile * TILE).min(TILE), o % TILE);
+        (tile * TILE * COARSE_BITS / 8 + byte, bit)
+    }
+
     /// Where the code of output `o` of a strip of `width` is in a column: byte and shift of its low bits, and of its
     /// high bits (0 if there are none).
     fn place(codes: Codes, width: usize, low_bytes: usize, o: usize) -> [(usize, usize); 2] {
@@ -279,12 +340,33 @@ impl ColumnLayout {
     }
 }
 
+/// Bytes of a coarse column, whole cache lines.
+fn coarse_bytes(width: usize) -> usize {
+    (width * COARSE_BITS / 8).next_multiple_of(LINE)
+}
+
 impl ColumnStrip<'_> {
+    /// Bytes of the scales (and mins) of a group.
+    pub fn scale_bytes(&self) -> usize {
+        self.width * (1 + usize::from(self.has_min))
+    }
+
+    /// The upper bits of the code of output `o` of the strip in column `col`.
+    ///
+    /// # Panics
+    /// If columns cannot be read coarsely.
+    pub fn coarse_code(&self, col: usize, o: usize) -> u8 {
+        let Coarse { at, stride, .. } = self.coarse.expect("columns that can be read coarsely");
+        let column =
+            &self.groups[col / self.group_len * self.group_bytes + at + col % self.group_len * stride..];
+        let (byte, bit) = ColumnLayout::coarse_place(self.width, o);
+        column[byte] >> bit & ((1 << COARSE_BITS) - 1)
+    }
+
     /// The code of output `o` of the strip in column `col`, as an unsigned byte of the common form.
     pub fn code(&self, col: usize, o: usize) -> u8 {
         let [(low, shift), (high, bit)] = ColumnLayout::place(self.codes, self.width, self.low_bytes, o);
-        let scales = self.group_bytes - self.group_len * self.column_bytes;
-        let in_group = scales + col % self.group_len * self.column_bytes;
+        let in_group = self.scale_bytes() + col % self.group_len * self.column_bytes;
         let column = &self.groups[col / self.group_len * self.group_bytes + in_group..];
         match self.codes {
             Codes::Bytes => column[low],
@@ -434,14 +516,21 @@ fn pack_tile(layout: &ColumnLayout, width: usize, tile: usize, codes: &[u8], byt
     // The codes of four outputs at a time: their bytes lie together in every place.
     let place = |four| ColumnLayout::place(kind, width, low_bytes, tile * TILE + 4 * four);
     let places: Vec<_> = (0..here / 4).map(place).collect();
+    // A high part is packed with its column.
+    let coarse = layout.coarse(width).filter(|_| layout.parts(width).1 == 0);
+    let coarse_places: Vec<_> =
+        (0..here / 4).map(|four| ColumnLayout::coarse_place(width, tile * TILE + 4 * four)).collect();
     for (c, column) in codes.chunks_exact(TILE).enumerate() {
         let (group, in_group) = (c / layout.group_len(), c % layout.group_len());
-        let at = group * group_bytes + layout.scale_bytes(width) + in_group * column_bytes;
-        let to = &mut bytes[at..][..column_bytes];
-        let mut add = |at: usize, v: u32| {
-            let place: &mut [u8; 4] = to[at..].first_chunk_mut().expect("four bytes");
-            *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
-        };
+        let group = &mut bytes[group * group_bytes..][..group_bytes];
+        if let Some(Coarse { at, stride, .. }) = coarse {
+            let to = &mut group[at + in_group * stride..][..stride];
+            for (four, &(byte, bit)) in column.as_chunks::<4>().0.iter().zip(&coarse_places) {
+                add_four(to, byte, (u32::from_le_bytes(*four) >> COARSE_BITS & 0x0303_0303) << bit);
+            }
+        }
+        let to = &mut group[layout.scale_bytes(width) + in_group * column_bytes..][..column_bytes];
+        let mut add = |at: usize, v: u32| add_four(to, at, v);
         for (four, &[(low, shift), (high, bit)]) in column.as_chunks::<4>().0.iter().zip(&places) {
             let codes = u32::from_le_bytes(*four);
             match kind {
@@ -455,6 +544,12 @@ fn pack_tile(layout: &ColumnLayout, width: usize, tile: usize, codes: &[u8], byt
             }
         }
     }
+}
+
+/// Adds the bits of `v` to four bytes that have none there.
+fn add_four(bytes: &mut [u8], at: usize, v: u32) {
+    let place: &mut [u8; 4] = bytes[at..].first_chunk_mut().expect("four bytes");
+    *place = (u32::from_le_bytes(*place) | v).to_le_bytes();
 }
 
 /// From a code of the IQ4 types to its index in their table.
@@ -505,11 +600,14 @@ mod tests {
                 let cols = blocks * ty.block_len();
                 let bytes = bytes(ty, outputs, cols);
                 let matrix = Matrix::new(ty, outputs, cols, &bytes).unwrap();
-                let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
-                assert_eq!(layout.outputs_of(layout.strips() - 1).end, outputs);
-                for s in 0..layout.strips() {
-                    let (heads, groups) = packed(&layout, &matrix, s);
-                    check_strip(&layout.view(s, &heads, &groups), &matrix, layout.outputs_of(s));
+                for coarse in [false, true] {
+                    let layout = ColumnLayout::new(ty, outputs, cols).unwrap().with_coarse(coarse);
+                    assert_eq!(layout.is_coarse(), coarse && coarse_step(ty).is_some());
+                    assert_eq!(layout.outputs_of(layout.strips() - 1).end, outputs);
+                    for s in 0..layout.strips() {
+                        let (heads, groups) = packed(&layout, &matrix, s);
+                        check_strip(&layout.view(s, &heads, &groups), &matrix, layout.outputs_of(s));
+                    }
                 }
             }
         }
@@ -522,6 +620,9 @@ mod tests {
             unpack_row(ty, matrix.row(row), &mut q, &mut scale, &mut min);
             for (c, q) in q.iter().enumerate() {
                 assert_eq!(strip.code(c, o), *q, "{ty} {row} {c}");
+                if let Some(Coarse { step, .. }) = strip.coarse {
+                    assert_eq!(strip.coarse_code(c, o), *q / step, "{ty} {row} {c}");
+                }
             }
             check_scales(strip, 0, o, &scale);
             if has_min(ty) {
@@ -569,9 +670,17 @@ mod tests {
             let layout = ColumnLayout::new(ty, outputs, cols).unwrap();
             let rows = ty.row_bytes(cols) * outputs;
             assert!(layout.bytes() as f64 <= rows as f64 * 1.003, "{ty}: {} {rows}", layout.bytes());
-            let half = Touched { groups: layout.groups(), columns: cols / 2 };
+            let half = Touched { groups: layout.groups(), columns: cols / 2, coarse: 0 };
             assert!((layout.bytes_read(half) as f64) < 0.57 * rows as f64, "{ty}");
             assert!(layout.bytes_read(Touched::default()) < rows / 100);
+            if let Some(step) = coarse_step(ty) {
+                let all = Touched { groups: layout.groups(), columns: cols, coarse: cols };
+                let share = if step == 4 { 0.5 } else { 1.0 / 3.0 };
+                let scales = layout.bytes_read(Touched { columns: 0, coarse: 0, ..all });
+                let (coarse, codes) = (layout.bytes_read(all) - scales, layout.bytes() - scales);
+                assert!((coarse as f64 / codes as f64 - share).abs() < 1e-3, "{ty}: {coarse} of {codes}");
+                assert_eq!(layout.coarse_saves(), 1.0 / share as f32 - 1.0);
+            }
         }
     }
 }

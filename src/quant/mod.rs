@@ -73,6 +73,29 @@ pub const fn has_min(ty: GgmlType) -> bool {
     matches!(ty, Q4_1 | Q5_1 | Q2_K | Q4_K | Q5_K)
 }
 
+/// How many codes share their two upper bits, of the types whose matrices can be read [coarsely](coarsen): 4 of those of 4
+/// bits, 16 of those of 6.
+pub const fn coarse_step(ty: GgmlType) -> Option<u8> {
+    match ty {
+        Q4_0 | Q4_1 | Q4_K => Some(4),
+        Q6_K => Some(16),
+        _ => None,
+    }
+}
+
+/// From the common form to what it is by the two upper bits of its codes alone: each code in the middle of those that share
+/// them. It has a `min` then and no zero point, whatever the type [has](has_min). Other types than those of [`coarse_step`] are
+/// left as they are.
+pub fn coarsen(ty: GgmlType, q: &mut [u8], scale: &[f32], min: &mut [f32]) {
+    let Some(step) = coarse_step(ty) else { return };
+    if !has_min(ty) {
+        min.fill(0.0);
+    }
+    q.iter_mut().for_each(|q| *q &= !(step - 1));
+    let above = f32::from(step - 1) / 2.0 - f32::from(zero_point(ty));
+    min.iter_mut().zip(scale).for_each(|(min, scale)| *min += above * scale);
+}
+
 /// Unpacks one block into the common form. The slices are exactly as long as the block needs, or `q` is empty: then codes are left
 /// out.
 type UnpackBlock = fn(bytes: &[u8], q: &mut [u8], scale: &mut [f32], min: &mut [f32]);

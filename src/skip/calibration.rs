@@ -303,6 +303,7 @@ impl Calibration {
             file.insert("skip.cut.layer", cuttable)?;
             let bias = |layer: &Option<LayerCut>| layer.as_ref().map_or(0.0, |cut| cut.depth.bias);
             file.insert("skip.cut.depth", cut.plan.layers.iter().map(bias).collect::<Vec<f32>>())?;
+            file.insert("skip.cut.coarse", cut.plan.coarse)?;
             file.insert("skip.cut.ratio", cut.curve.ratios.clone())?;
             file.insert("skip.cut.strength", cut.curve.strengths.clone())?;
             file.insert("skip.neurons.ratio", cut.neurons.ratios.clone())?;
@@ -556,7 +557,13 @@ impl Reader<'_> {
             Some(_) => self.curve("skip.neurons", &POSITIVE)?,
             None => Curve::default(),
         };
-        Ok(Some(CutCalibration { plan: CutPlan { layers }, curve, neurons }))
+        let key = "skip.cut.coarse";
+        let coarse = self.metadata.opt_f32(key)?.unwrap_or(0.0);
+        if !POSITIVE.1(coarse) {
+            let (key, found, expected) = (key.into(), coarse, POSITIVE.0);
+            return Err(CalibrationError::Value { key, index: 0, found, expected });
+        }
+        Ok(Some(CutCalibration { plan: CutPlan { coarse, layers }, curve, neurons }))
     }
 
     /// The tensor `name`, `[rows, n]`, if there is one.

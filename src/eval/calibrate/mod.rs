@@ -21,7 +21,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::perplexity::{EvalError, Exact};
-use crate::model::{ColumnForms, FfnStep, KvType, Model, ModelError, State};
+use crate::model::{ColumnForms, FfnStep, KvType, Layer, Model, ModelError, State};
 use crate::ops::Compute;
 use crate::skip::{
     Calibration, Curve, CutCalibration, CutPlan, Decision, FfnSkip, LayerCut, Never, SkipError, SkipMode,
@@ -182,7 +182,8 @@ fn with_output_points(
 }
 
 /// Adds to a calibration of `model` what it lacks, from `texts`: what a file of an older version has not learnt about
-/// neurons, stand-ins, these together with cuts, or the output matrix. The rest stays. Nothing is lacking: it is given back.
+/// coarse columns, neurons, stand-ins, these together with cuts, or the output matrix. The rest stays. Nothing is lacking: it is
+/// given back.
 ///
 /// # Errors
 /// As [`calibrate`]; or it has no cuts to begin with.
@@ -195,7 +196,15 @@ pub fn complete(
     progress: Progress<'_>,
 ) -> Result<Calibration> {
     let Some(cut) = known.cut.as_mut() else { return Err(CalibrateError::NoCuts) };
+    if cut.plan.coarse == 0.0 && can_be_coarse(model) {
+        // Other thresholds leave out as much, and at another cost.
+        cut.plan.coarse = CutPlan::COARSE;
+        (cut.curve, cut.neurons, known.mixed) = Default::default();
+        let as_before = |mode| !matches!(mode, SkipMode::Cut | SkipMode::Neurons | SkipMode::Mixed);
+        known.points.retain(|point| as_before(point.choice().mode));
+    }
     let mut lacking = Vec::new();
+    lacking.extend(cut.curve.ratios.is_empty().then_some(SkipMode::Cut));
     lacking.extend(cut.neurons.ratios.is_empty().then_some(SkipMode::Neurons));
     lacking.extend(known.stand_ins.is_none().then_some(SkipMode::StandIn));
     lacking.extend(known.mixed.is_none().then_some(SkipMode::Mixed));
@@ -206,12 +215,13 @@ pub fn complete(
     let lacks = |mode| lacking.contains(&mode);
     let (held_out, windows) = divided(texts, options)?;
     let trials = Trials::new(model, on, &windows[..TRIALS.min(windows.len())], COMPARED)?;
-    if lacks(SkipMode::Neurons) || lacks(SkipMode::StandIn) || lacks_output {
+    let lacks_cuts = lacks(SkipMode::Cut) || lacks(SkipMode::Neurons);
+    if lacks_cuts || lacks(SkipMode::StandIn) || lacks_output {
         let (layers, _, inputs) = gather(model, on, &windows, progress)?;
         if lacks_output {
             known.output = inputs.learn(model, on);
         }
-        if lacks(SkipMode::Neurons) {
+        if lacks_cuts {
             complete_cuts(model, on, &trials, &layers, cut, progress)?;
         }
         if lacks(SkipMode::StandIn) {
@@ -231,7 +241,7 @@ pub fn complete(
     with_output_points(model, on, known, held_out, progress)
 }
 
-/// Adds what `neurons` needs to what is known about columns.
+/// Adds the curves that are lacking, and what `neurons` needs beside what is known about columns.
 fn complete_cuts(
     model: &mut Model,
     on: Compute<'_>,
@@ -247,10 +257,23 @@ fn complete_cuts(
     }
     cut.plan = cut.plan.as_stored();
     model.prepare_cuts(on, cut.plan.clone(), ColumnForms::None, |_, _| {})?;
-    let mut steps = Steps { done: 0, all: RATIOS.len(), progress };
-    let shares = Shares::of_neurons(model, &cut.plan, layers);
-    cut.neurons = cut_curve(model, on, trials, &shares, Uniform::neurons, &mut steps)?;
+    let lacking = [&cut.curve, &cut.neurons].into_iter().filter(|curve| curve.ratios.is_empty()).count();
+    let mut steps = Steps { done: 0, all: lacking * RATIOS.len(), progress };
+    if cut.curve.ratios.is_empty() {
+        let shares = Shares::of_columns(model, &cut.plan, layers);
+        cut.curve = cut_curve(model, on, trials, &shares, Uniform::columns, &mut steps)?;
+    }
+    if cut.neurons.ratios.is_empty() {
+        let shares = Shares::of_neurons(model, &cut.plan, layers);
+        cut.neurons = cut_curve(model, on, trials, &shares, Uniform::neurons, &mut steps)?;
+    }
     Ok(())
+}
+
+/// Whether any columns can be read coarsely.
+fn can_be_coarse(model: &Model) -> bool {
+    let factors = |layer: &Layer| layer.coarse(CutPlan::COARSE).map(|(factor, _)| factor);
+    model.layers().iter().flat_map(factors).any(|factor| factor > 0.0)
 }
 
 /// What can take each FFN's place, and the thresholds for shares of blocks, measured: a stream with stand-ins is another.
@@ -394,7 +417,7 @@ fn plan(
         weights.for_each(|weight| *weight *= WEIGHT_SCALE / largest);
         cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
     }
-    let mut plan = CutPlan { layers: cuts.into_iter().map(Some).collect() };
+    let mut plan = CutPlan { coarse: CutPlan::COARSE, layers: cuts.into_iter().map(Some).collect() };
     for _ in 0..TRIM_ROUNDS {
         let threshold = Shares::of_columns(model, &plan, layers).threshold(TRIM_RATIO).unwrap_or(0.0);
         let cuts = plan.layers.iter_mut().flatten();

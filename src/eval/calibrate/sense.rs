@@ -34,7 +34,7 @@ pub(super) fn weigh(
             trim_centres(cut, sums, [inputs, inner]);
         }
     }
-    let plan = CutPlan { layers: alone.iter().cloned().map(Some).collect() };
+    let plan = CutPlan { layers: alone.iter().cloned().map(Some).collect(), ..CutPlan::default() };
     model.prepare_cuts(on, plan, ColumnForms::None, |_, _| {})?;
     let model = &*model;
     let run = |layer, inputs, inner| {

@@ -1,7 +1,7 @@
 //! What leaving out an input or a neuron costs: the weights of a cut, and the thresholds for shares of bytes.
 
 use super::gather::LayerSums;
-use crate::model::{Ffn, Model};
+use crate::model::{Ffn, Layer, Model};
 use crate::ops::Compute;
 use crate::skip::{CutPlan, CutSide, Depth, LayerCut};
 
@@ -168,31 +168,36 @@ pub(super) struct Shares {
 impl Shares {
     /// Of `cut`.
     pub fn of_columns(model: &Model, plan: &CutPlan, layers: &[LayerSums]) -> Self {
-        Self::new(model, plan, layers, |shares, ffn, cut, sums, factors| {
-            let [gate_up, down] = column_bytes(ffn);
-            for (side, samples, bytes) in
-                [(&cut.inputs, &sums.normed_samples, gate_up), (&cut.inner, &sums.inner_samples, down)]
-            {
+        Self::new(model, plan, layers, |shares, layer, cut, sums, factors| {
+            let [gate_up, down] = column_bytes(&layer.ffn);
+            let coarse = layer.coarse(plan.coarse);
+            for (side, samples, bytes, coarse) in [
+                (&cut.inputs, &sums.normed_samples, gate_up, coarse[0]),
+                (&cut.inner, &sums.inner_samples, down, coarse[1]),
+            ] {
                 let scores = scores(side, samples);
                 let factors =
                     factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, side.weight.len()));
-                scores.zip(factors).for_each(|(score, factor)| shares.add(score / factor, bytes));
+                scores.zip(factors).for_each(|(score, factor)| {
+                    shares.add_column(score / factor, score / factor, bytes, coarse);
+                });
             }
         })
     }
 
     /// Of `neurons`.
     pub fn of_neurons(model: &Model, plan: &CutPlan, layers: &[LayerSums]) -> Self {
-        Self::new(model, plan, layers, |shares, ffn, cut, sums, factors| {
-            let [_, down] = column_bytes(ffn);
-            let up = ffn.up.matrix().row_bytes() as f64;
+        Self::new(model, plan, layers, |shares, layer, cut, sums, factors| {
+            let [_, down] = column_bytes(&layer.ffn);
+            let up = layer.ffn.up.matrix().row_bytes() as f64;
+            let [_, coarse] = layer.coarse(plan.coarse);
             let n = cut.gate.len();
             let of_gate = sums.gate_samples.iter().zip(cut.gate.iter().cycle()).map(|(q, w)| q.abs() * w);
             let factors = factors.iter().flat_map(|&factor| std::iter::repeat_n(factor, n));
             for ((gate, inner), factor) in of_gate.zip(scores(&cut.inner, &sums.inner_samples)).zip(factors) {
                 shares.add(gate / factor, up);
                 // Without its row of up, a neuron has no use for its column of down.
-                shares.add(gate.min(inner) / factor, down);
+                shares.add_column(gate.min(inner) / factor, inner / factor, down, coarse);
             }
         })
     }
@@ -201,7 +206,7 @@ impl Shares {
         model: &Model,
         plan: &CutPlan,
         layers: &[LayerSums],
-        add: impl Fn(&mut Self, &Ffn, &LayerCut, &LayerSums, &[f32]),
+        add: impl Fn(&mut Self, &Layer, &LayerCut, &LayerSums, &[f32]),
     ) -> Self {
         let mut shares = Self { bins: vec![0.0; (2.0 * OCTAVES * BINS) as usize], all: 0.0 };
         for ((layer, cut), sums) in model.layers().iter().zip(&plan.layers).zip(layers) {
@@ -210,9 +215,17 @@ impl Shares {
             shares.all += samples * ffn.bytes() as f64;
             let Some(cut) = cut else { continue };
             let factors = factors(&cut.depth, &sums.normed_samples, ffn.gate.cols());
-            add(&mut shares, ffn, cut, sums, &factors);
+            add(&mut shares, layer, cut, sums, &factors);
         }
         shares
+    }
+
+    /// A column of `bytes` that is left out above a threshold of `out`, and that already one `factor` times below `score` has read
+    /// coarsely, which saves a `share` of it.
+    fn add_column(&mut self, out: f32, score: f32, bytes: f64, (factor, share): (f32, f64)) {
+        let coarse = if factor > 0.0 { out.min(score / factor) } else { out };
+        self.add(coarse, bytes * share);
+        self.add(out, bytes * (1.0 - share));
     }
 
     fn add(&mut self, score: f32, bytes: f64) {

@@ -220,11 +220,11 @@ fn unpacked_panels_equal_scalar() {
     for k in kernels_under_test() {
         for ty in quantised_types() {
             let cols = 512.max(ty.block_len() * 3);
-            for rows in [1, 31, 32] {
+            for (rows, coarse) in [(1, false), (31, false), (31, true), (32, false), (32, true)] {
                 let w = weights(&mut rng, ty, rows, cols);
                 for range in [0..ty.block_len(), 0..512, 256..512, 256..256 + ty.block_len()] {
-                    k.unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut a);
-                    scalar().unpack(ty, &w, ty.row_bytes(cols), range.clone(), &mut b);
+                    k.unpack(ty, (&w, ty.row_bytes(cols)), range.clone(), coarse, &mut a);
+                    scalar().unpack(ty, (&w, ty.row_bytes(cols)), range.clone(), coarse, &mut b);
                     let n = range.len() * PANEL_ROWS;
                     let g = a.groups() * PANEL_ROWS;
                     assert!(a.q.0[..n] == b.q.0[..n], "{} {ty} {rows} {range:?}", k.name());
@@ -247,7 +247,7 @@ fn gemm_equals_scalar() {
                 let cols = (cols * ty.block_len()).min(512);
                 let w = weights(&mut rng, ty, 32, cols);
                 let acts = activations(&mut rng, scalar(), tokens, cols);
-                scalar().unpack(ty, &w, ty.row_bytes(cols), 0..cols, &mut panel);
+                scalar().unpack(ty, (&w, ty.row_bytes(cols)), 0..cols, tokens % 2 == 0, &mut panel);
                 let (mut got, mut want) = (vec![0.5; tokens * 32], vec![0.5; tokens * 32]);
                 k.gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut got);
                 scalar().gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut want);
@@ -441,7 +441,7 @@ fn extreme_products_are_exact() {
                 let w = row.repeat(PANEL_ROWS);
                 let acts = extreme_activations(k, cols);
                 let mut panel = Panel::default();
-                k.unpack(ty, &w, row.len(), 0..cols, &mut panel);
+                k.unpack(ty, (&w, row.len()), 0..cols, false, &mut panel);
                 let mut got = vec![0.0; 7 * PANEL_ROWS];
                 k.gemm(&panel, acts.from_col(0..acts.rows(), 0), &mut got);
                 for t in 0..7 {

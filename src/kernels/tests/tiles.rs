@@ -33,7 +33,7 @@ fn tile_products(
     let (cols, step) = (x.cols(), tiles::chunk_cols(x.cols()));
     let mut acc = vec![0f32; x.groups() * tiles::TILE * PANEL_ROWS];
     for (chunk, from) in (0..cols).step_by(step).enumerate() {
-        k.unpack_tiles(ty, w, ty.row_bytes(cols), from..(from + step).min(cols), panel);
+        k.unpack_tiles(ty, (w, ty.row_bytes(cols)), from..(from + step).min(cols), false, panel);
         k.multiply_tiles(panel, x, chunk, &mut acc);
     }
     k.turn_tiles(&mut acc);
@@ -73,10 +73,11 @@ fn weights_in_tiles_equal_plain_code() {
             for blocks in [1, 2, 3, 5, 9, 16] {
                 let cols = (blocks * ty.block_len()).min(PANEL_COLS);
                 for rows in [1, 7, 8, 9, 17, 32] {
+                    let coarse = rows % 2 == 1;
                     let w = weights(&mut rng, ty, rows, cols);
                     let (mut a, mut b) = (tiles::TilePanel::default(), tiles::TilePanel::default());
-                    k.unpack_tiles(ty, &w, ty.row_bytes(cols), 0..cols, &mut a);
-                    tile_reference().unpack_tiles(ty, &w, ty.row_bytes(cols), 0..cols, &mut b);
+                    k.unpack_tiles(ty, (&w, ty.row_bytes(cols)), 0..cols, coarse, &mut a);
+                    tile_reference().unpack_tiles(ty, (&w, ty.row_bytes(cols)), 0..cols, coarse, &mut b);
                     assert_eq!(a.scale, b.scale, "{k:?} {ty} {rows}x{cols}");
                     for row in 0..rows {
                         for col in 0..cols {

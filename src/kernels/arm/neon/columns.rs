@@ -23,8 +23,10 @@ const LINES_OF_TILE: usize = TILE / 2 / 64;
 #[derive(Clone, Copy)]
 pub(in crate::kernels::arm) struct Lane {
     low: usize,
+    /// In the high part, or in a coarse column.
     high: usize,
-    /// How far to shift the high bits to the left to bring them above the low nibbles, and above the high ones.
+    /// How far to shift the high bits to the left to bring them above the low nibbles, and above the high ones; or the upper
+    /// bits of coarse columns to where they are in a code.
     shifts: [int8x16_t; 2],
     /// Where they stand then.
     mask: uint8x16_t,
@@ -36,18 +38,22 @@ impl Lane {
     #[target_feature(enable = "neon")]
     pub fn new(strip: &ColumnStrip<'_>, index: usize) -> Self {
         let mut new = Self { low: 16 * index, high: 0, shifts: [vdupq_n_s8(0); 2], mask: vdupq_n_u8(0) };
-        let Codes::Nibbles { high: bits @ 1.. } = strip.codes else { return new };
-        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
+        let (bits, place) = match (strip.codes, strip.coarse) {
+            (Codes::Nibbles { high: bits @ 1.. }, _) => (bits, 4),
+            (_, Some(_)) => (2, 2),
+            _ => return new,
+        };
+        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit `place`.
         let (line, lane) = (index / LANES_OF_LINE, index % LANES_OF_LINE);
         let (tile, line) = (line / LINES_OF_TILE, line % LINES_OF_TILE);
         let lanes = (strip.width - tile * TILE).min(TILE) * bits / 8 / 16;
         let copies = LANES_OF_LINE / lanes;
         for f in 0..2 {
             let field = (2 * line + f) * copies + lane / lanes;
-            new.shifts[f] = vdupq_n_s8(4 - (bits * field) as i8);
+            new.shifts[f] = vdupq_n_s8(place - (bits * field) as i8);
         }
-        new.high = strip.low_bytes + tile * TILE * bits / 8 + 16 * (lane % lanes);
-        new.mask = vdupq_n_u8(((1 << bits) - 1) << 4);
+        new.high = tile * TILE * bits / 8 + 16 * (lane % lanes);
+        new.mask = vdupq_n_u8(((1 << bits) - 1) << place);
         new
     }
 }
@@ -69,11 +75,12 @@ pub(in crate::kernels::arm) const fn is_wide(kind: u8) -> bool {
 pub(in crate::kernels::arm) fn codes<const KIND: u8, const N: usize>(
     columns: &[*const u8; 4],
     lane: &Lane,
+    low_bytes: usize,
 ) -> [int8x16_t; N] {
     const { assert!(N == sums(KIND)) };
     let mut codes = [vdupq_n_s8(0); N];
     let low = quarters(columns, lane.low);
-    let high = if KIND == NIBBLES_AND_HIGH { quarters(columns, lane.high) } else { low };
+    let high = if KIND == NIBBLES_AND_HIGH { quarters(columns, low_bytes + lane.high) } else { low };
     for k in 0..4 {
         if KIND == BYTES {
             codes[k] = vreinterpretq_s8_u8(veorq_u8(low[k], vdupq_n_u8(0x80)));
@@ -94,6 +101,28 @@ pub(in crate::kernels::arm) fn codes<const KIND: u8, const N: usize>(
     codes
 }
 
+/// The upper bits of a lane of four coarse columns, as [`codes`].
+#[inline]
+#[target_feature(enable = "neon")]
+#[allow(clippy::needless_range_loop)] // an iterator's closures would not be inlined
+pub(in crate::kernels::arm) fn upper_bits<const KIND: u8, const N: usize>(
+    columns: &[*const u8; 4],
+    lane: &Lane,
+) -> [int8x16_t; N] {
+    let mut codes = [vdupq_n_s8(0); N];
+    if is_wide(KIND) {
+        return codes; // they have no coarse columns
+    }
+    let upper = quarters(columns, lane.high);
+    for k in 0..N / 2 {
+        for f in 0..2 {
+            let moved = vshlq_u8(upper[k], lane.shifts[f]);
+            codes[2 * k + f] = vreinterpretq_s8_u8(vandq_u8(moved, lane.mask));
+        }
+    }
+    codes
+}
+
 #[inline]
 #[target_feature(enable = "neon")]
 fn table() -> int8x16_t {
@@ -107,7 +136,8 @@ fn table() -> int8x16_t {
 fn quarters(columns: &[*const u8; 4], at: usize) -> [uint8x16_t; 4] {
     let mut x = [vdupq_n_u8(0); 4];
     for i in 0..4 {
-        // SAFETY: the columns are a strip's, and `at` is a lane of their low or high part (`Kernels::columns`).
+        // SAFETY: the columns are a strip's, and `at` is a lane of their low or high part, or of coarse ones
+        // (`Kernels::columns`).
         x[i] = unsafe { vld1q_u8(columns[i].add(at)) };
     }
     let [low, high] = zip8(x[0], x[1]);
@@ -194,7 +224,9 @@ macro_rules! instantiate {
             outputs: Range<usize>,
             out: &mut [f32],
         ) {
-            use $crate::kernels::arm::neon::columns::{Lane, add_group, codes, first_output, is_wide};
+            use $crate::kernels::arm::neon::columns::{
+                Lane, add_group, codes, first_output, is_wide, upper_bits,
+            };
             use $crate::kernels::columns::Bundle;
             use $crate::kernels::columns::groups::{
                 BYTES, Fetch, Group, Groups, NIBBLES, NIBBLES_AND_HIGH, TABLE, each_piece,
@@ -234,11 +266,15 @@ macro_rules! instantiate {
                 next: &mut Fetch<'_>,
             ) -> [[int32x4_t; N]; LANES] {
                 let mut dots = [[multiply::zero(); N]; LANES];
-                let columns = &group.columns[..group.bundles.len()];
-                for (bundles, columns) in group.bundles.chunks(RUN).zip(columns.chunks(RUN)) {
-                    add_run::<KIND, N>(bundles, columns, lanes, next, &mut dots);
+                let (fine, n) = (group.fine, group.bundles.len());
+                for (part, coarse) in [(0..fine, false), (fine..n, true)] {
+                    let (bundles, columns) = (&group.bundles[part.clone()], &group.columns[part]);
+                    for (bundles, columns) in bundles.chunks(RUN).zip(columns.chunks(RUN)) {
+                        let low_bytes = group.strip.low_bytes;
+                        add_run::<KIND, N>(bundles, columns, (lanes, low_bytes, coarse), next, &mut dots);
+                    }
                 }
-                let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start() });
+                let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start });
                 let mut sums = [[start; N]; LANES];
                 for i in 0..LANES {
                     for a in 0..N {
@@ -255,7 +291,7 @@ macro_rules! instantiate {
             fn add_run<const KIND: u8, const N: usize>(
                 bundles: &[Bundle],
                 columns: &[[*const u8; 4]],
-                lanes: &[Lane; LANES],
+                (lanes, low_bytes, coarse): (&[Lane; LANES], usize, bool),
                 next: &mut Fetch<'_>,
                 dots: &mut [[multiply::Sum; N]; LANES],
             ) {
@@ -269,7 +305,10 @@ macro_rules! instantiate {
                     next.step();
                     let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.lane().cast_unsigned()));
                     for i in 0..LANES {
-                        let codes = codes::<KIND, N>(columns, &lanes[i]);
+                        let codes = match coarse {
+                            false => codes::<KIND, N>(columns, &lanes[i], low_bytes),
+                            true => upper_bits::<KIND, N>(columns, &lanes[i]),
+                        };
                         for a in 0..N {
                             runs[i][a] = multiply::add(runs[i][a], codes[a], acts);
                         }

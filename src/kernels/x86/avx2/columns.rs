@@ -8,13 +8,14 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
+use crate::kernels::columns::Bundle;
 use crate::kernels::columns::groups::{Fetch, Group, Groups, each_piece};
 use crate::kernels::fetch::LINE;
 use crate::quant::columns::{Codes, ColumnStrip, TILE};
 
-/// How the high bits of a tile are brought above the nibbles.
+/// How the high bits of a tile are brought above the nibbles, or the upper bits of coarse columns to where they are in a code.
 pub(in crate::kernels::x86) struct High {
-    /// Bits of a code's high part.
+    /// Bits of a code.
     bits: usize,
     /// Bytes of a column in a tile: 64, 32 or 16.
     bytes: usize,
@@ -30,33 +31,42 @@ impl High {
     #[target_feature(enable = "avx2")]
     pub fn new(strip: &ColumnStrip<'_>, outputs: usize) -> Self {
         let mut shifts = [[[_mm256_setzero_si256(); 2]; 4]; 2];
-        let Codes::Nibbles { high: high @ 1.. } = strip.codes else {
-            return Self { bits: 0, bytes: 0, shifts, mask: _mm256_setzero_si256() };
+        let (bits, place) = match (strip.codes, strip.coarse) {
+            (Codes::Nibbles { high: high @ 1.. }, _) => (high, 4),
+            (_, Some(_)) => (2, 2),
+            _ => return Self { bits: 0, bytes: 0, shifts, mask: _mm256_setzero_si256() },
         };
-        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
-        let bytes = outputs * high / 8;
+        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit `place`.
+        let bytes = outputs * bits / 8;
         let copies = 64 / bytes;
         for (half, shifts) in shifts.iter_mut().enumerate() {
             for (f, shifts) in shifts.iter_mut().enumerate() {
                 let (mut left, mut right) = ([0i32; 8], [0i32; 8]);
                 for i in 0..8 {
                     let copy = (8 * half + i) / (16 / copies);
-                    let by = 4 - (high * (f * copies + copy)) as i32;
+                    let by = place - (bits * (f * copies + copy)) as i32;
                     (left[i], right[i]) = (by.max(0), (-by).max(0));
                 }
                 *shifts = [load_lanes(&left), load_lanes(&right)];
             }
         }
-        Self { bits: high, bytes, shifts, mask: _mm256_set1_epi8(((1 << high) - 1) << 4) }
+        Self { bits, bytes, shifts, mask: _mm256_set1_epi8(((1 << bits) - 1) << place) }
     }
 
-    /// Where those of a tile begin in a column.
+    /// Those of whole tiles, and of one that is half full.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub fn of_strip(strip: &ColumnStrip<'_>) -> [Self; 2] {
+        [Self::new(strip, TILE), Self::new(strip, TILE / 2)]
+    }
+
+    /// Where those of a tile begin in the high part of a column, or in a coarse column.
     #[inline(always)]
-    pub fn at(&self, strip: &ColumnStrip<'_>, tile: usize) -> usize {
-        strip.low_bytes + tile * TILE * self.bits / 8
+    pub fn at(&self, tile: usize) -> usize {
+        tile * TILE * self.bits / 8
     }
 
-    /// Those that belong to sum register `f` of a quarter, above nibbles.
+    /// Those that belong to sum register `f` of a quarter, in their place.
     #[inline]
     #[target_feature(enable = "avx2")]
     pub fn of(&self, quarter: __m256i, half: usize, f: usize) -> __m256i {
@@ -71,7 +81,7 @@ impl High {
     pub fn quarters(&self, columns: &[*const u8; 4], at: usize, half: usize) -> [__m256i; 4] {
         let mut x = [_mm256_setzero_si256(); 4];
         for i in 0..4 {
-            // SAFETY: the columns are a strip's and have `self.bytes` for the tile in their high part.
+            // SAFETY: the columns are a strip's and have `self.bytes` for the tile in their high part, or are coarse ones.
             x[i] = unsafe {
                 let at = columns[i].add(at);
                 match self.bytes {
@@ -146,38 +156,41 @@ pub(in crate::kernels::x86) fn add_group<const N: usize>(
 /// hold the sum of a whole group, 8 taken off each code (32 * 8 * 127 < 2^15), so nothing has to be widened in between.
 #[target_feature(enable = "avx2,fma")]
 pub(in crate::kernels::x86) fn nibbles_in_pairs(
+    strip: &ColumnStrip<'_>,
     mut groups: Groups<'_>,
     outputs: Range<usize>,
     out: &mut [f32],
 ) {
     let lines = outputs.start / (2 * LINE)..outputs.end / (2 * LINE);
+    let high = High::of_strip(strip);
     each_piece!(groups, lines, |group, line, next| {
-        let sums = sums_of_line(&group, line, &mut next);
-        let taken_off = 8 * group.count + group.start();
+        let mut sums = sums_of_line(&group, line, &mut next);
+        if group.fine < group.bundles.len() {
+            add_coarse(&group, line, &high, &mut next, &mut sums);
+        }
+        let taken_off = 8 * group.count + group.start;
         for half in 0..2 {
             add_group(&group, 2 * LINE * line + 8 * half, &widen(&sums[half], taken_off), out);
         }
     });
 }
 
-/// Sums of `(code - 8) * activation` over a group, of the outputs of a line: `[half][bytes 0..8 or 8..16][low or high]`.
+/// Sums of 16 bits of the outputs of a line: `[half][bytes 0..8 or 8..16][low or high]`.
+type LineSums = [[[__m256i; 2]; 2]; 2];
+
+/// Sums of `(code - 8) * activation` over a group, but for the codes of coarse columns.
 #[inline]
 #[target_feature(enable = "avx2")]
-fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> [[[__m256i; 2]; 2]; 2] {
+fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> LineSums {
     let nibble = _mm256_set1_epi8(15);
     let mut sums = [[[_mm256_set1_epi16((-8 * group.count) as i16); 2]; 2]; 2];
-    for b in 0..group.bundles.len() {
+    for b in 0..group.fine {
         next.step();
-        let (columns, acts) = (&group.columns[b], group.bundles[b].lane());
-        let acts = [_mm256_set1_epi16(acts as i16), _mm256_set1_epi16((acts >> 16) as i16)];
+        let (columns, acts) = (&group.columns[b], in_pairs(&group.bundles[b]));
         for half in 0..2 {
             for pair in 0..2 {
-                let of = |i: usize| {
-                    // SAFETY: the columns are a strip's, and the line is one of their low part (`Kernels::columns`).
-                    unsafe { _mm256_loadu_si256(columns[2 * pair + i].add(LINE * line + 32 * half).cast()) }
-                };
-                let (x, y) = (of(0), of(1));
-                let both = [_mm256_unpacklo_epi8(x, y), _mm256_unpackhi_epi8(x, y)];
+                // SAFETY: the columns are a strip's, and the line is one of their low part (`Kernels::columns`).
+                let both = unsafe { interleave_pair(columns, pair, LINE * line + 32 * half) };
                 for k in 0..2 {
                     let low = _mm256_and_si256(both[k], nibble);
                     let high = _mm256_and_si256(_mm256_srli_epi16::<4>(both[k]), nibble);
@@ -189,6 +202,53 @@ fn sums_of_line(group: &Group<'_>, line: usize, next: &mut Fetch<'_>) -> [[[__m2
         }
     }
     sums
+}
+
+/// `sums += codes * activations` of the coarse columns of a group.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_coarse(group: &Group<'_>, line: usize, high: &[High; 2], next: &mut Fetch<'_>, sums: &mut LineSums) {
+    let (of_tile, tile) = line_of(2 * line);
+    let high = &high[usize::from(group.strip.width < (tile + 1) * TILE)];
+    for b in group.fine..group.bundles.len() {
+        next.step();
+        let (columns, acts) = (&group.columns[b], in_pairs(&group.bundles[b]));
+        for half in 0..2 {
+            let at = high.at(tile) + if high.bytes == 64 { 32 * half } else { 0 };
+            for pair in 0..2 {
+                // SAFETY: the columns are coarse ones of a strip, which have two bits of each of the tile's outputs: 64 bytes, or
+                // 32 of half a tile.
+                let both = unsafe { interleave_pair(columns, pair, at) };
+                for k in 0..2 {
+                    for odd in 0..2 {
+                        let code = high.of(both[k], half, 2 * of_tile + odd);
+                        let sum = &mut sums[half][k][odd];
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(code, acts[pair]));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The activations of the two pairs of columns of a bundle.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn in_pairs(bundle: &Bundle) -> [__m256i; 2] {
+    let acts = bundle.lane();
+    [_mm256_set1_epi16(acts as i16), _mm256_set1_epi16((acts >> 16) as i16)]
+}
+
+/// 32 bytes of the two columns of a pair, interleaved.
+///
+/// # Safety
+/// They have 32 readable bytes from `at` on.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn interleave_pair(columns: &[*const u8; 4], pair: usize, at: usize) -> [__m256i; 2] {
+    // SAFETY: the caller's; the loads have no alignment.
+    let [x, y] = [0, 1].map(|i| unsafe { _mm256_loadu_si256(columns[2 * pair + i].add(at).cast()) });
+    [_mm256_unpacklo_epi8(x, y), _mm256_unpackhi_epi8(x, y)]
 }
 
 /// The sums of half a line in 32 bits, each and `more`, in the order of the sum registers of [`add_group`].
@@ -279,7 +339,7 @@ macro_rules! instantiate {
                 outputs: Range<usize>,
                 out: &mut [f32],
             ) {
-                let high = [High::new(strip, TILE), High::new(strip, TILE / 2)];
+                let high = High::of_strip(strip);
                 let halves = outputs.start / (8 * N)..outputs.end / (8 * N);
                 each_piece!(groups, halves, |group, half, next| {
                     let whole = strip.width >= (line_of(half).1 + 1) * TILE;
@@ -297,7 +357,7 @@ macro_rules! instantiate {
                 next: &mut Fetch<'_>,
                 out: &mut [f32],
             ) {
-                let start = if is_signed(KIND) { 0 } else { group.start() };
+                let start = if is_signed(KIND) { 0 } else { group.start };
                 let mut dots = [_mm256_set1_epi32(start); N];
                 let (n, mut at) = (group.bundles.len(), 0);
                 while at < n {
@@ -308,8 +368,13 @@ macro_rules! instantiate {
                     let end = n.min(at + RUN);
                     while at < end {
                         next.step();
-                        let acts = _mm256_set1_epi32(group.bundles[at].lane());
-                        add_bundle::<KIND, N>(group, &group.columns[at], index, high, acts, &mut sums);
+                        let (columns, acts) =
+                            (&group.columns[at], _mm256_set1_epi32(group.bundles[at].lane()));
+                        if at < group.fine {
+                            add_bundle::<KIND, N>(group, columns, index, high, acts, &mut sums);
+                        } else {
+                            add_upper::<KIND, N>(columns, index, high, acts, &mut sums);
+                        }
                         at += 1;
                     }
                     for k in 0..N {
@@ -341,7 +406,8 @@ macro_rules! instantiate {
                 let (line, tile) = line_of(index);
                 let mut top = [nibble; 4];
                 if KIND == NIBBLES_AND_HIGH {
-                    top = high.quarters(columns, high.at(group.strip, tile), index % 2);
+                    let at = group.strip.low_bytes + high.at(tile);
+                    top = high.quarters(columns, at, index % 2);
                 }
                 for k in 0..4 {
                     let x = quarters[k];
@@ -363,6 +429,29 @@ macro_rules! instantiate {
                 }
             }
 
+            /// `sums += upper bits * activations` for the four coarse columns of a bundle.
+            #[inline]
+            #[target_feature(enable = $features)]
+            fn add_upper<const KIND: u8, const N: usize>(
+                columns: &[*const u8; 4],
+                index: usize,
+                high: &High,
+                acts: __m256i,
+                sums: &mut [__m256i; N],
+            ) {
+                if KIND == BYTES || KIND == TABLE {
+                    return; // they have no coarse columns
+                }
+                let (line, tile) = line_of(index);
+                let top = high.quarters(columns, high.at(tile), index % 2);
+                for k in 0..N / 2 {
+                    for odd in 0..2 {
+                        let code = high.of(top[k], index % 2, 2 * line + odd);
+                        sums[2 * k + odd] = add::<KIND>(sums[2 * k + odd], code, acts);
+                    }
+                }
+            }
+
             #[inline]
             #[target_feature(enable = $features)]
             fn add<const KIND: u8>(sum: __m256i, codes: __m256i, acts: __m256i) -> __m256i {
@@ -376,7 +465,9 @@ macro_rules! instantiate {
             out.fill(0.0);
             let groups = Groups::new(strip, chosen, &outputs);
             match strip.codes {
-                Codes::Nibbles { high: 0 } if multiply::MAX < 255 => nibbles_in_pairs(groups, outputs, out),
+                Codes::Nibbles { high: 0 } if multiply::MAX < 255 => {
+                    nibbles_in_pairs(strip, groups, outputs, out)
+                }
                 Codes::Nibbles { high: 0 } => kernel::<NIBBLES, 8, 8>(strip, groups, outputs, out),
                 Codes::Nibbles { high: 1 } => kernel::<NIBBLES_AND_HIGH, 8, 4>(strip, groups, outputs, out),
                 Codes::Nibbles { .. } => kernel::<NIBBLES_AND_HIGH, 8, 2>(strip, groups, outputs, out),

@@ -47,6 +47,12 @@ impl Ahead<'_> {
         if n >= self.group.bundles.len() {
             return;
         }
+        if n >= self.group.fine {
+            // The upper bits of a tile are a line.
+            return self.group.columns[n]
+                .iter()
+                .for_each(|column| self.line(column.wrapping_add(self.tile * LINE)));
+        }
         let strip = self.group.strip;
         let (low, lines) = if KIND == BYTES { (self.tile * TILE, 4) } else { (self.tile * TILE / 2, 2) };
         for column in self.group.columns[n] {
@@ -92,7 +98,7 @@ fn kernel<const KIND: u8>(
     out: &mut [f32],
 ) {
     out.fill(0.0);
-    let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
+    let (whole, half) = (High::new::<KIND, 16>(strip), High::new::<KIND, 8>(strip));
     let (first, tiles, far) = (outputs.start / TILE, outputs.len().div_ceil(TILE), is_amd());
     let mut groups = Groups::new(strip, chosen, &outputs);
     let mut now = groups.take();
@@ -116,36 +122,42 @@ fn kernel<const KIND: u8>(
     }
 }
 
-/// How the high bits of a tile of `A` sum registers are brought above the nibbles.
+/// How the high bits of a tile of `A` sum registers, or the upper bits of coarse columns, are brought to their place.
 struct High {
     /// Bytes of a column in a tile: 64, 32 or 16.
     bytes: usize,
     /// How far the bits of each sum register of a quarter are rotated.
     turn: [__m512i; 4],
-    /// Where they stand then.
-    mask: __m512i,
+    /// Where they stand then, of even and odd sum registers.
+    masks: [__m512i; 2],
 }
 
 impl High {
+    /// High bits go above the nibbles, and upper bits to where they are in a code. Of nibbles alone those of odd sum registers
+    /// are not shifted down ([`one_tile`]), and so theirs are shifted up.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn new<const A: usize>(strip: &ColumnStrip<'_>) -> Self {
-        let mut turn = [_mm512_setzero_si512(); 4];
-        let Codes::Nibbles { high: high @ 1.. } = strip.codes else {
-            return Self { bytes: 0, turn, mask: turn[0] };
+    fn new<const KIND: u8, const A: usize>(strip: &ColumnStrip<'_>) -> Self {
+        let nothing = _mm512_setzero_si512();
+        let mut turn = [nothing; 4];
+        let (bits, places) = match (strip.codes, strip.coarse) {
+            (Codes::Nibbles { high: high @ 1.. }, _) => (high, [4, 4]),
+            (_, Some(_)) => (2, [2, 6]),
+            _ => return Self { bytes: 0, turn, masks: [nothing; 2] },
         };
-        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit 4.
-        let bytes = A * 16 * high / 8;
+        // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved there.
+        let bytes = A * 16 * bits / 8;
         let copies = 64 / bytes;
         for (f, turn) in turn.iter_mut().enumerate() {
             let mut by = [0i32; 16];
             for (i, by) in by.iter_mut().enumerate() {
                 let copy = i / (16 / copies);
-                *by = (4 - (high * (f * copies + copy)) as i32).rem_euclid(32);
+                *by = (places[f % 2] - (bits * (f * copies + copy)) as i32).rem_euclid(32);
             }
             *turn = lanes(&by);
         }
-        Self { bytes, turn, mask: _mm512_set1_epi8(((1 << high) - 1) << 4) }
+        let mask = |place: i32| _mm512_set1_epi8((((1 << bits) - 1) << place) as i8);
+        Self { bytes, turn, masks: places.map(mask) }
     }
 }
 
@@ -175,13 +187,13 @@ fn low_line(columns: &[*const u8; 4], at: usize) -> [__m512i; 4] {
     interleave(x)
 }
 
-/// The high bits of a tile of four columns, from byte `at` on, repeated to fill a register.
+/// The high or upper bits of a tile of four columns, from byte `at` on, repeated to fill a register.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq")]
 fn high_lines(columns: &[*const u8; 4], at: usize, bytes: usize) -> [__m512i; 4] {
     let mut x = [_mm512_setzero_si512(); 4];
     for i in 0..4 {
-        // SAFETY: the columns are a strip's and have `bytes` for the tile in their high part.
+        // SAFETY: the columns are a strip's and have `bytes` for the tile in their high part, or are its coarse ones.
         x[i] = unsafe {
             let at = columns[i].add(at);
             match bytes {
@@ -205,14 +217,14 @@ fn one_tile<const KIND: u8, const A: usize>(
     out: &mut [f32],
 ) {
     let strip = group.strip;
-    let start = _mm512_set1_epi32(group.start());
+    let start = _mm512_set1_epi32(group.start);
     // High nibbles are not shifted down but count 16 times.
-    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * group.start()) } else { start };
+    let of_high = if KIND == NIBBLES { _mm512_set1_epi32(16 * group.start) } else { start };
     let mut dots = [start; A];
     for a in (1..A).step_by(2) {
         dots[a] = of_high;
     }
-    for n in 0..group.bundles.len() {
+    for n in 0..group.fine {
         ahead.columns::<KIND>(n);
         let (columns, bundle) = (&group.columns[n], &group.bundles[n]);
         if KIND == BYTES {
@@ -233,7 +245,14 @@ fn one_tile<const KIND: u8, const A: usize>(
             let x = low_line(columns, tile * TILE / 2 + LINE * line);
             let turn = [high.turn[2 * line], high.turn[2 * line + 1]];
             let dots = dots[8 * line..].first_chunk_mut().expect("eight sums a line");
-            add_line::<KIND>(&x, &top, (&turn, high.mask), bundle, dots);
+            add_line::<KIND>(&x, &top, (&turn, high.masks[0]), bundle, dots);
+        }
+    }
+    for n in group.fine..group.bundles.len() {
+        ahead.columns::<KIND>(n);
+        if KIND == NIBBLES || KIND == NIBBLES_AND_HIGH {
+            let top = high_lines(&group.columns[n], tile * TILE / 4, high.bytes);
+            add_upper(&top, high, &group.bundles[n], &mut dots);
         }
     }
     for n in group.bundles.len()..ahead.group.bundles.len() {
@@ -310,6 +329,18 @@ fn add_line<const KIND: u8>(
         }
         dots[2 * k] = _mm512_dpbusd_epi32(dots[2 * k], even, acts);
         dots[2 * k + 1] = _mm512_dpbusd_epi32(dots[2 * k + 1], odd, acts);
+    }
+}
+
+/// `dots += upper bits * activations` for a tile of the four coarse columns of a bundle.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+fn add_upper<const A: usize>(top: &[__m512i; 4], high: &High, b: &Bundle, dots: &mut [__m512i; A]) {
+    let acts = _mm512_set1_epi32(b.lane());
+    for a in 0..A {
+        let (f, k) = (a / 8 * 2 + a % 2, a % 8 / 2);
+        let code = _mm512_and_si512(_mm512_rolv_epi32(top[k], high.turn[f]), high.masks[f % 2]);
+        dots[a] = _mm512_dpbusd_epi32(dots[a], code, acts);
     }
 }
 
