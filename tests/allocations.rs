@@ -115,7 +115,7 @@ fn decoding_allocates_nothing() {
     let mut failures = Vec::new();
     for ty in [GgmlType::Q4_1, GgmlType::F16] {
         let mut model = ModelFile::llama(WIDE, ty).load().unwrap();
-        let plan = CutPlan { layers: vec![Some(LayerCut::default()); WIDE.layers], ..CutPlan::default() };
+        let plan = CutPlan { coarse: 3.0, layers: vec![Some(LayerCut::default()); WIDE.layers] };
         let team = Team::new(1).unwrap();
         let on = Compute { team: &team, kernels: Kernels::select(None).unwrap() };
         model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();

@@ -246,7 +246,7 @@ pub fn matmul_columns(
 
 /// `out = then(silu(gate x) * (up x))`, as [`matmul_columns`]; `bias` is that of gate and then of up.
 ///
-/// `then(first, values)` is shown the outputs from `first` on, part by part.
+/// `then(first, values)` is shown the outputs from `first`, a multiple of 32, on, part by part.
 #[allow(clippy::too_many_arguments)] // what a product takes, and what follows it
 pub fn swiglu_columns(
     on: Compute<'_>,

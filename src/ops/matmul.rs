@@ -144,7 +144,8 @@ pub fn matmul_swiglu(
 
 /// [`matmul_swiglu`] for a single row that wants up of some neurons only, and biases (of gate and then of up; an empty one:
 /// none): `choose(first, gate, list, out)` is shown `silu(gate x)` of the neurons from `first` on, lists those wanted, as they
-/// are counted from there, and writes what the others become. `then(first, out)` may change the results.
+/// are counted from there, and writes what the others become. `then(first, out)` may change the results. Both begin with
+/// multiples of 32.
 ///
 /// # Panics
 /// If `x` has another number of rows, or the matrices are not quantised.
@@ -162,7 +163,7 @@ pub fn matmul_swiglu_chosen(
     assert!(x.rows == 1 && !x.are_many());
     let outputs = gate.rows_len();
     let (gate_bias, up_bias) = bias.split_at(bias.len() / 2);
-    let chunk = chunk_rows(on, x, &gate, outputs);
+    let chunk = chunk_rows(on, x, &gate, outputs).next_multiple_of(32);
     on.team.for_tiles(out, outputs, (1, chunk), scratch, |scratch, mut tile| {
         let cols = tile.cols();
         product(on, &gate, cols.clone(), x, scratch);

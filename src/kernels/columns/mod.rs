@@ -78,7 +78,8 @@ impl ColumnList {
     pub fn with_capacity(cols: usize) -> Self {
         Self {
             groups: Vec::with_capacity(cols / 16),
-            bundles: Vec::with_capacity(cols / 4),
+            // With coarse ones a group may have two bundles that are not full.
+            bundles: Vec::with_capacity(cols / 4 + cols / 16),
             ..Self::default()
         }
     }
