@@ -3,7 +3,8 @@
 //! of inputs and neurons cut by columns, both together, and of neurons by rows of up and columns of down; and with most of the output
 //! matrix left unread.
 //!
-//! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one.
+//! `SKIFF_BENCH_MODELS` names files to measure, with colons; else a synthetic model and the default one. Columns that matter
+//! little are read coarsely, as calibration has it; with `SKIFF_BENCH_COARSE=0` they are all read in full or not at all.
 
 mod common;
 
@@ -32,6 +33,9 @@ const STAND_INS: [usize; 3] = [0, 10, 30];
 const CUTS: [f32; 5] = [0.0, 0.2, 0.3, 0.4, 0.5];
 /// The same of rows of up and columns of down.
 const NEURONS: [f32; 3] = [0.0, 0.2, 0.3];
+/// Share of the columns left out with coarse ones beside them, in units of what it is without, for as many bytes unread:
+/// magnitudes are about normally distributed.
+const OUT_BESIDE_COARSE: f32 = 0.55;
 /// Stand-ins in percent of the FFNs, with cuts of this share of the others.
 const MIXED: (usize, f32) = (10, 0.3);
 /// Turns of the comparison, if `SKIFF_BENCH_ROUNDS` does not say otherwise.
@@ -137,6 +141,8 @@ impl SkipPolicy for ForcedCut {
 struct Magnitudes {
     inputs: HashMap<(usize, Matrices), Vec<f32>>,
     gates: HashMap<usize, Vec<f32>>,
+    /// Share of the columns of gate and up, and of down, that are left out to save as much as one of 1 does without coarse ones.
+    out: [f32; 2],
 }
 
 impl Probe for Magnitudes {
@@ -165,6 +171,8 @@ impl Magnitudes {
         let mut found = std::mem::take(&mut *probe.lock().unwrap());
         let all = found.inputs.values_mut().chain(found.gates.values_mut());
         all.for_each(|values| values.sort_by(f32::total_cmp));
+        let coarse = model.layers()[0].coarse(coarse());
+        found.out = coarse.map(|(factor, _)| if factor > 0.0 { OUT_BESIDE_COARSE } else { 1.0 });
         found
     }
 
@@ -186,8 +194,8 @@ impl Magnitudes {
 
     fn cuts(&self, layers: usize, share: f32) -> Vec<Cut> {
         let cuts = (0..layers).map(|layer| Cut::Columns {
-            inputs: self.below(layer, Matrices::GateUp, 0.85 * share),
-            inner: self.below(layer, Matrices::Down, 1.3 * share),
+            inputs: self.below(layer, Matrices::GateUp, 0.85 * share * self.out[0]),
+            inner: self.below(layer, Matrices::Down, 1.3 * share * self.out[1]),
         });
         cuts.collect()
     }
@@ -196,10 +204,15 @@ impl Magnitudes {
     fn neurons(&self, layers: usize, share: f32) -> Box<dyn SkipPolicy> {
         let cuts = (0..layers).map(|layer| Cut::Neurons {
             gate: quantile(&self.gates[&layer], share),
-            inner: self.below(layer, Matrices::Down, 1.8 * share),
+            inner: self.below(layer, Matrices::Down, 1.8 * share * self.out[1]),
         });
         Box::new(ForcedCut { cuts: cuts.collect(), stand_ins: None })
     }
+}
+
+/// Up to how many times a threshold columns are read coarsely.
+fn coarse() -> f32 {
+    std::env::var("SKIFF_BENCH_COARSE").ok().and_then(|n| n.parse().ok()).unwrap_or(CutPlan::COARSE)
 }
 
 /// The value that a share `q` of sorted ones are below; 0 for none.
@@ -300,7 +313,7 @@ fn model(criterion: &mut Criterion, name: &str, model: &mut Model) {
     let on = Compute { team: &team, kernels: best() };
     let (tokens, layers) = (ids(TOKENS, model.config().vocab), model.config().layers);
     let magnitudes = Magnitudes::of(model, on, &tokens);
-    let plan = CutPlan { layers: vec![Some(LayerCut::default()); layers], ..CutPlan::default() };
+    let plan = CutPlan { coarse: coarse(), layers: vec![Some(LayerCut::default()); layers] };
     let started = Instant::now();
     model.prepare_cuts(on, plan, ColumnForms::All, |_, _| {}).unwrap();
     model.prepare_stand_ins(stand_ins(model)).unwrap();
