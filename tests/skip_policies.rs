@@ -10,8 +10,8 @@ use skiff::kernels::Kernels;
 use skiff::model::{FfnStep, KvType, Model, State};
 use skiff::ops::Compute;
 use skiff::skip::{
-    Calibration, CalibrationError, Cut, Decision, ModelFacts, Never, OutputCalibration, ShortGpt, SkipChoice,
-    SkipDecode, SkipError, SkipMode, SkipOptions, SkipPolicy,
+    Calibration, CalibrationError, Cut, CutPlan, Decision, ModelFacts, Never, OutputCalibration, ShortGpt,
+    SkipChoice, SkipDecode, SkipError, SkipMode, SkipOptions, SkipPolicy,
 };
 use skiff::threads::Team;
 
@@ -277,6 +277,45 @@ fn an_older_calibration_is_completed() {
     }
 }
 
+/// A file from before columns were read coarsely: it goes on meaning what it meant, until it is completed. Then whatever cuts
+/// columns is measured anew, and all else stays.
+#[test]
+fn an_older_calibration_gets_coarse_columns() {
+    let file = ModelFile::llama(SHAPE, GgmlType::Q4_1);
+    let mut model = file.load().unwrap();
+    let team = Team::new(2).unwrap();
+    let (found, ids) = calibrated(&mut model, &team, 1);
+    assert_eq!(found.cut.as_ref().unwrap().plan.coarse, CutPlan::COARSE);
+    let mut older = found.clone();
+    older.cut.as_mut().unwrap().plan.coarse = 0.0;
+    older = read(&write(&older, &model.facts()), &model).unwrap();
+    assert_eq!(older.cut.as_ref().unwrap().plan.coarse, 0.0);
+    let cut = SkipOptions { mode: SkipMode::Cut, ratio: Some(0.25), ..Default::default() };
+    let unread = |found: &Calibration| {
+        let mut model = file.load().unwrap();
+        model.set_calibration(found.clone());
+        model.prepare_skip(on(&team), &cut, |_, _| {}).unwrap();
+        (shares(&model, &team, &cut, &ids).1, model.column_bytes())
+    };
+    let (fewer, (asked, bytes)) = (unread(&older), unread(&found));
+    assert!(fewer.0 < asked - 0.05, "whole columns are {} of the bytes, with coarse ones {asked}", fewer.0);
+    assert!((1.3..2.0).contains(&(bytes as f64 / fewer.1 as f64)), "{bytes} {}", fewer.1);
+    let options = CalibrateOptions { windows: 4, quality_windows: 1, text: "a text".into() };
+    let nobody = &mut |_, _, _| true;
+    let completed = complete(&mut model, on(&team), older.clone(), &[ids], &options, nobody).unwrap();
+    let kinds = ["cut", "neurons", "mixed"];
+    let of = |c: &Calibration, of_cuts: bool| -> Vec<_> {
+        let kind = |policy: &str| kinds.contains(&policy);
+        let points = c.points.iter().filter(|p| !p.choice().output && kind(&p.policy) == of_cuts);
+        points.cloned().collect()
+    };
+    assert_eq!(of(&completed, false), of(&older, false), "the rest stays");
+    assert_eq!(of(&completed, true), of(&found, true), "as it is learnt from the beginning");
+    let [again, first] = [&completed, &found].map(|c| c.cut.as_ref().unwrap());
+    assert_eq!((&again.curve, &again.neurons), (&first.curve, &first.neurons));
+    assert_eq!(again.plan.coarse, first.plan.coarse);
+}
+
 // ---- the file
 
 fn write(calibration: &Calibration, facts: &ModelFacts) -> Vec<u8> {
@@ -380,7 +419,7 @@ fn wrong_keys_are_named() {
     let error = |key: &str, value: Option<Value>| {
         read(&changed(&bytes, key, value), &model).expect_err(key).to_string()
     };
-    let cases: [(&str, Value, &str); 19] = [
+    let cases: [(&str, Value, &str); 21] = [
         ("general.architecture", "llama".into(), "not a calibration file"),
         ("skip.version", 9u32.into(), "skip.version 9"),
         ("skip.model.ffn", 97u32.into(), "skip.model.ffn 97"),
@@ -393,6 +432,8 @@ fn wrong_keys_are_named() {
         ("skip.cut.layer", vec![true; 2].into(), "2 entries, expected 12"),
         ("skip.cut.depth", vec![0f32; 2].into(), "skip.cut.depth has 2 entries"),
         ("skip.cut.depth", vec![f32::NAN; 12].into(), "a finite number"),
+        ("skip.cut.coarse", f32::NAN.into(), "skip.cut.coarse[0] is NaN, expected"),
+        ("skip.cut.coarse", (-1f32).into(), "skip.cut.coarse[0] is -1, expected"),
         ("skip.cut.ratio", vec![0.5f32, 0.4].into(), "no less than the entry before"),
         ("skip.cut.strength", vec![1f32; 2].into(), "skip.cut.strength has 2 entries"),
         ("skip.stand_in.rank", 129u32.into(), "skip.stand_in.rank is 129"),

@@ -251,7 +251,7 @@ fn complete_cuts(
     progress: Progress<'_>,
 ) -> Result<()> {
     for ((cut, layer), sums) in cut.plan.layers.iter_mut().zip(model.layers()).zip(layers) {
-        if let Some(cut) = cut {
+        if let Some(cut) = cut.as_mut().filter(|cut| cut.gate.is_empty()) {
             cut.gate = gate_weights(&layer.ffn, sums, &cut.inner.weight);
         }
     }

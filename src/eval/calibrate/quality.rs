@@ -13,7 +13,7 @@ pub(super) const POINTS: [(SkipMode, &[f32]); 9] = [
     (SkipMode::Cut, &[0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5]),
     (SkipMode::Neurons, &[0.1, 0.15, 0.2, 0.25, 0.3]),
     (SkipMode::StandIn, &[0.05, 0.1, 0.15, 0.2]),
-    (SkipMode::Mixed, &[0.2, 0.25, 0.3, 0.35]),
+    (SkipMode::Mixed, &[0.2, 0.25, 0.3, 0.35, 0.4]),
     (SkipMode::FfnSkip, &[0.1, 0.2]),
     (SkipMode::Static, &[0.1, 0.2]),
     (SkipMode::Random, &[0.1]),
