@@ -252,7 +252,11 @@ fn one_tile<const KIND: u8, const A: usize>(
         ahead.columns::<KIND>(n);
         if KIND == NIBBLES || KIND == NIBBLES_AND_HIGH {
             let top = high_lines(&group.columns[n], tile * TILE / 4, high.bytes);
-            add_upper(&top, high, &group.bundles[n], &mut dots);
+            for line in 0..A / 8 {
+                let turn = [high.turn[2 * line], high.turn[2 * line + 1]];
+                let dots = dots[8 * line..].first_chunk_mut().expect("eight sums a line");
+                add_upper(&top, (&turn, &high.masks), &group.bundles[n], dots);
+            }
         }
     }
     for n in group.bundles.len()..ahead.group.bundles.len() {
@@ -332,15 +336,21 @@ fn add_line<const KIND: u8>(
     }
 }
 
-/// `dots += upper bits * activations` for a tile of the four coarse columns of a bundle.
+/// `dots += upper bits * activations` for what is a line of four whole columns, of the coarse columns of a bundle.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-fn add_upper<const A: usize>(top: &[__m512i; 4], high: &High, b: &Bundle, dots: &mut [__m512i; A]) {
+fn add_upper(
+    top: &[__m512i; 4],
+    (turn, masks): (&[__m512i; 2], &[__m512i; 2]),
+    b: &Bundle,
+    dots: &mut [__m512i; 8],
+) {
     let acts = _mm512_set1_epi32(b.lane());
-    for a in 0..A {
-        let (f, k) = (a / 8 * 2 + a % 2, a % 8 / 2);
-        let code = _mm512_and_si512(_mm512_rolv_epi32(top[k], high.turn[f]), high.masks[f % 2]);
-        dots[a] = _mm512_dpbusd_epi32(dots[a], code, acts);
+    for k in 0..4 {
+        for f in 0..2 {
+            let code = _mm512_and_si512(_mm512_rolv_epi32(top[k], turn[f]), masks[f]);
+            dots[2 * k + f] = _mm512_dpbusd_epi32(dots[2 * k + f], code, acts);
+        }
     }
 }
 
