@@ -546,11 +546,11 @@ impl Layouts {
     /// of gate and up are if both can be.
     fn new(layer: &Layer, coarse: bool) -> Option<Self> {
         let layout = |m: Matrix<'_>| ColumnLayout::new(m.ty(), m.rows_len(), m.cols());
-        let coarsely = |layout: ColumnLayout| layout.with_coarse(coarse);
-        let both = [&layer.ffn.gate, &layer.ffn.up].map(|m| layout(m.matrix()));
-        let coarse_pair = both.iter().flatten().all(|l| l.clone().with_coarse(coarse).is_coarse());
-        let [gate, up] = both.map(|l| l.map(|l| l.with_coarse(coarse_pair)));
-        let (gate, up, down) = (gate?, up?, layout(layer.ffn.down.matrix()).map(coarsely)?);
+        let [gate, up, down] = [&layer.ffn.gate, &layer.ffn.up, &layer.ffn.down]
+            .map(|m| layout(m.matrix()).map(|layout| layout.with_coarse(coarse)));
+        let (gate, up, down) = (gate?, up?, down?);
+        let both = gate.is_coarse() && up.is_coarse();
+        let (gate, up) = (gate.with_coarse(both), up.with_coarse(both));
         (gate.group_len() == up.group_len()).then_some(Self { gate, up, down })
     }
 

@@ -91,7 +91,7 @@ pub struct Touched {
 }
 
 /// Where the upper bits of a strip's codes are: those of column `c` of a group begin `at + c * stride` bytes behind the
-/// group's beginning, and are in the order of [`ColumnLayout::high_place`] with two bits.
+/// group's beginning, and are in the order of `ColumnLayout::high_place` with two bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Coarse {
