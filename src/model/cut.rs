@@ -116,6 +116,27 @@ impl Default for Apart {
 }
 
 impl Apart {
+    /// `out = W x + bias`; of `coarse` rows, what is below the threshold of each meets `W` coarsely.
+    #[allow(clippy::too_many_arguments)] // what a product takes, and how it is taken apart
+    fn product(
+        &mut self,
+        on: Compute<'_>,
+        stack: &[Matrix<'_>],
+        x: &Inputs,
+        bias: &[f32],
+        (side, coarse): (&CutSide, bool),
+        threshold: impl Fn(usize) -> f32 + Sync,
+        out: &mut [f32],
+        m: &mut [MatmulScratch],
+    ) {
+        if !coarse {
+            return matmul(on, stack, x, Epilogue::Bias(bias), out, m);
+        }
+        self.take(on, side, x, threshold);
+        matmul(on, stack, &self.fine, Epilogue::Bias(bias), out, m);
+        matmul(on, stack, &self.coarse, Epilogue::Add, out, m);
+    }
+
     /// Takes the rows `x` apart: what is below the threshold of each, and what is not.
     fn take(&mut self, on: Compute<'_>, side: &CutSide, x: &Inputs, threshold: impl Fn(usize) -> f32 + Sync) {
         let n = x.cols();
@@ -128,19 +149,6 @@ impl Apart {
     /// What was taken apart, if it was, or else `x`.
     fn or<'x>(&'x self, x: &'x Inputs, apart: bool) -> (&'x Inputs, Option<&'x Inputs>) {
         if apart { (&self.fine, Some(&self.coarse)) } else { (x, None) }
-    }
-
-    /// `out = W fine + coarsened(W) coarse + bias`
-    fn matmul(
-        &self,
-        on: Compute<'_>,
-        stack: &[Matrix<'_>],
-        bias: &[f32],
-        out: &mut [f32],
-        m: &mut [MatmulScratch],
-    ) {
-        matmul(on, stack, &self.fine, Epilogue::Bias(bias), out, m);
-        matmul(on, stack, &self.coarse, Epilogue::Add, out, m);
     }
 }
 
@@ -457,12 +465,8 @@ impl PreparedCut {
         let stack = [layer.ffn.gate.matrix(), layer.ffn.up.matrix()];
         let gate_up = &mut s.gate_up[..n * 2 * ffn];
         let apart = x.are_many() && self.coarse[0] > 0.0;
-        if apart {
-            s.apart.take(on, &self.plan.inputs, x, |r| cuts[r].inputs() * self.coarse[0]);
-            s.apart.matmul(on, &stack, &self.gate_up_base, gate_up, m);
-        } else {
-            matmul(on, &stack, x, Epilogue::Bias(&self.gate_up_base), gate_up, m);
-        }
+        let (side, threshold) = (&self.plan.inputs, |r: usize| cuts[r].inputs() * self.coarse[0]);
+        s.apart.product(on, &stack, x, &self.gate_up_base, (side, apart), threshold, gate_up, m);
         let (gate_up, wanted) = (&*gate_up, &s.wanted);
         inner.fill(on, |i, inner| {
             let (gate, up) = gate_up[i * 2 * ffn..][..2 * ffn].split_at(ffn);
@@ -515,12 +519,8 @@ impl PreparedCut {
             return;
         }
         let (stack, apart) = ([layer.ffn.down.matrix()], x.are_many() && self.coarse[1] > 0.0);
-        if apart {
-            s.apart.take(on, &self.plan.inner, x, |r| cuts[r].inner() * self.coarse[1]);
-            s.apart.matmul(on, &stack, bias, out, m);
-        } else {
-            matmul(on, &stack, x, Epilogue::Bias(bias), out, m);
-        }
+        let (side, threshold) = (&self.plan.inner, |r: usize| cuts[r].inner() * self.coarse[1]);
+        s.apart.product(on, &stack, x, bias, (side, apart), threshold, out, m);
         let Some(layouts) = &self.layouts else { return };
         let (x, coarse) = s.apart.or(x, apart);
         on.team.for_plain_tiles(&mut s.read, 1, (16, 1), |mut tile| {

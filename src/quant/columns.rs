@@ -52,7 +52,7 @@ const HALF_TILE: usize = TILE / 2;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 /// Bits of a code that are read of a coarse column.
-const COARSE_BITS: usize = 2;
+pub const COARSE_BITS: usize = 2;
 /// Columns that are packed at a time: a whole number of blocks of every type.
 pub const SPAN: usize = super::MAX_BLOCK_LEN;
 

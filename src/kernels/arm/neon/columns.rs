@@ -12,7 +12,7 @@ use std::arch::aarch64::*;
 use super::dot::load4;
 use crate::kernels::columns::groups::{BYTES, Group, NIBBLES_AND_HIGH, TABLE};
 use crate::quant::IQ4_KVALUES;
-use crate::quant::columns::{Codes, ColumnStrip, TILE};
+use crate::quant::columns::{COARSE_BITS, Codes, ColumnStrip, TILE};
 
 /// Lanes of a cache line.
 const LANES_OF_LINE: usize = 4;
@@ -23,8 +23,9 @@ const LINES_OF_TILE: usize = TILE / 2 / 64;
 #[derive(Clone, Copy)]
 pub(in crate::kernels::arm) struct Lane {
     low: usize,
-    /// In the high part, or in a coarse column.
     high: usize,
+    /// In a coarse column.
+    upper: usize,
     /// How far to shift the high bits to the left to bring them above the low nibbles, and above the high ones; or the upper
     /// bits of coarse columns to where they are in a code.
     shifts: [int8x16_t; 2],
@@ -37,10 +38,11 @@ impl Lane {
     #[inline]
     #[target_feature(enable = "neon")]
     pub fn new(strip: &ColumnStrip<'_>, index: usize) -> Self {
-        let mut new = Self { low: 16 * index, high: 0, shifts: [vdupq_n_s8(0); 2], mask: vdupq_n_u8(0) };
+        let mut new =
+            Self { low: 16 * index, high: 0, upper: 0, shifts: [vdupq_n_s8(0); 2], mask: vdupq_n_u8(0) };
         let (bits, place) = match (strip.codes, strip.coarse) {
             (Codes::Nibbles { high: bits @ 1.. }, _) => (bits, 4),
-            (_, Some(_)) => (2, 2),
+            (_, Some(_)) => (COARSE_BITS, 2),
             _ => return new,
         };
         // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit `place`.
@@ -52,7 +54,8 @@ impl Lane {
             let field = (2 * line + f) * copies + lane / lanes;
             new.shifts[f] = vdupq_n_s8(place - (bits * field) as i8);
         }
-        new.high = tile * TILE * bits / 8 + 16 * (lane % lanes);
+        new.upper = tile * TILE * bits / 8 + 16 * (lane % lanes);
+        new.high = strip.low_bytes + new.upper;
         new.mask = vdupq_n_u8(((1 << bits) - 1) << place);
         new
     }
@@ -75,12 +78,11 @@ pub(in crate::kernels::arm) const fn is_wide(kind: u8) -> bool {
 pub(in crate::kernels::arm) fn codes<const KIND: u8, const N: usize>(
     columns: &[*const u8; 4],
     lane: &Lane,
-    low_bytes: usize,
 ) -> [int8x16_t; N] {
     const { assert!(N == sums(KIND)) };
     let mut codes = [vdupq_n_s8(0); N];
     let low = quarters(columns, lane.low);
-    let high = if KIND == NIBBLES_AND_HIGH { quarters(columns, low_bytes + lane.high) } else { low };
+    let high = if KIND == NIBBLES_AND_HIGH { quarters(columns, lane.high) } else { low };
     for k in 0..4 {
         if KIND == BYTES {
             codes[k] = vreinterpretq_s8_u8(veorq_u8(low[k], vdupq_n_u8(0x80)));
@@ -113,7 +115,7 @@ pub(in crate::kernels::arm) fn upper_bits<const KIND: u8, const N: usize>(
     if is_wide(KIND) {
         return codes; // they have no coarse columns
     }
-    let upper = quarters(columns, lane.high);
+    let upper = quarters(columns, lane.upper);
     for k in 0..N / 2 {
         for f in 0..2 {
             let moved = vshlq_u8(upper[k], lane.shifts[f]);
@@ -270,8 +272,7 @@ macro_rules! instantiate {
                 for (part, coarse) in [(0..fine, false), (fine..n, true)] {
                     let (bundles, columns) = (&group.bundles[part.clone()], &group.columns[part]);
                     for (bundles, columns) in bundles.chunks(RUN).zip(columns.chunks(RUN)) {
-                        let low_bytes = group.strip.low_bytes;
-                        add_run::<KIND, N>(bundles, columns, (lanes, low_bytes, coarse), next, &mut dots);
+                        add_run::<KIND, N>(bundles, columns, (lanes, coarse), next, &mut dots);
                     }
                 }
                 let start = vdupq_n_s32(if is_wide(KIND) { 0 } else { group.start });
@@ -291,7 +292,7 @@ macro_rules! instantiate {
             fn add_run<const KIND: u8, const N: usize>(
                 bundles: &[Bundle],
                 columns: &[[*const u8; 4]],
-                (lanes, low_bytes, coarse): (&[Lane; LANES], usize, bool),
+                (lanes, coarse): (&[Lane; LANES], bool),
                 next: &mut Fetch<'_>,
                 dots: &mut [[multiply::Sum; N]; LANES],
             ) {
@@ -306,7 +307,7 @@ macro_rules! instantiate {
                     let acts = vreinterpretq_s8_u32(vdupq_n_u32(bundle.lane().cast_unsigned()));
                     for i in 0..LANES {
                         let codes = match coarse {
-                            false => codes::<KIND, N>(columns, &lanes[i], low_bytes),
+                            false => codes::<KIND, N>(columns, &lanes[i]),
                             true => upper_bits::<KIND, N>(columns, &lanes[i]),
                         };
                         for a in 0..N {

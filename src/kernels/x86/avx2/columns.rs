@@ -11,7 +11,7 @@ use std::ops::Range;
 use crate::kernels::columns::Bundle;
 use crate::kernels::columns::groups::{Fetch, Group, Groups, each_piece};
 use crate::kernels::fetch::LINE;
-use crate::quant::columns::{Codes, ColumnStrip, TILE};
+use crate::quant::columns::{COARSE_BITS, Codes, ColumnStrip, TILE};
 
 /// How the high bits of a tile are brought above the nibbles, or the upper bits of coarse columns to where they are in a code.
 pub(in crate::kernels::x86) struct High {
@@ -33,7 +33,7 @@ impl High {
         let mut shifts = [[[_mm256_setzero_si256(); 2]; 4]; 2];
         let (bits, place) = match (strip.codes, strip.coarse) {
             (Codes::Nibbles { high: high @ 1.. }, _) => (high, 4),
-            (_, Some(_)) => (2, 2),
+            (_, Some(_)) => (COARSE_BITS, 2),
             _ => return Self { bits: 0, bytes: 0, shifts, mask: _mm256_setzero_si256() },
         };
         // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved to bit `place`.

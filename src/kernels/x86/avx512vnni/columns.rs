@@ -15,7 +15,7 @@ use crate::kernels::columns::groups::{BYTES, Group, Groups, NIBBLES, NIBBLES_AND
 use crate::kernels::columns::{Bundle, Chosen};
 use crate::kernels::fetch::LINE;
 use crate::kernels::x86::{IQ4_VALUES, is_amd};
-use crate::quant::columns::{Codes, ColumnStrip, TILE};
+use crate::quant::columns::{COARSE_BITS, Codes, ColumnStrip, TILE};
 
 /// How many tiles ahead of their use columns are asked for.
 const AHEAD: usize = 3;
@@ -98,7 +98,7 @@ fn kernel<const KIND: u8>(
     out: &mut [f32],
 ) {
     out.fill(0.0);
-    let (whole, half) = (High::new::<KIND, 16>(strip), High::new::<KIND, 8>(strip));
+    let (whole, half) = (High::new::<16>(strip), High::new::<8>(strip));
     let (first, tiles, far) = (outputs.start / TILE, outputs.len().div_ceil(TILE), is_amd());
     let mut groups = Groups::new(strip, chosen, &outputs);
     let mut now = groups.take();
@@ -137,12 +137,12 @@ impl High {
     /// are not shifted down ([`one_tile`]), and so theirs are shifted up.
     #[inline]
     #[target_feature(enable = "avx512f")]
-    fn new<const KIND: u8, const A: usize>(strip: &ColumnStrip<'_>) -> Self {
+    fn new<const A: usize>(strip: &ColumnStrip<'_>) -> Self {
         let nothing = _mm512_setzero_si512();
         let mut turn = [nothing; 4];
         let (bits, places) = match (strip.codes, strip.coarse) {
             (Codes::Nibbles { high: high @ 1.. }, _) => (high, [4, 4]),
-            (_, Some(_)) => (2, [2, 6]),
+            (_, Some(_)) => (COARSE_BITS, [2, 6]),
             _ => return Self { bytes: 0, turn, masks: [nothing; 2] },
         };
         // `ColumnLayout::high_place`: field `f * copies + copy` of a byte is to be moved there.
